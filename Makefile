@@ -1,0 +1,45 @@
+# Two commands: `make quickstart` and `make test`. Each sets itself up from nothing but python3 (3.11 or later) and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUICKSTART ?= runs/quickstart
+# minutes of training per stage at most; `make quickstart MINUTES=0.2` is a short one that shows the way, not the quality
+MINUTES ?=
+SHORT := $(if $(MINUTES),--pretrain.budget.minutes $(MINUTES) --finetune.budget.minutes $(MINUTES))
+
+.PHONY: quickstart test test-slow check format clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/maskdm train digits --recipe digits --out $(QUICKSTART) $(SHORT)
+	$(BIN)/maskdm evaluate $(QUICKSTART) --num 1000
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_layers.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "maskdm needs Python 3.11 or later; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) runs build dist

@@ -1,0 +1,7 @@
+"""`python -m maskdm`."""
+
+from __future__ import annotations
+
+from maskdm.cli import main
+
+main()

@@ -1,0 +1,229 @@
+"""`maskdm VERB`: parses the command line, calls `runs`, prints. Heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, assert_never
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from maskdm import __version__
+from maskdm.config import SchedulerName
+from maskdm.errors import UserError
+
+Data = Annotated[Positional[str], arg(metavar="DATA", help="folder of images, parquet file, data set folder, .npz/.npy array, or digits / emoji")]
+Run = Annotated[Positional[Path], arg(metavar="RUN", help="directory of a run of `maskdm train`")]
+
+
+@dataclass
+class Train:
+    """Train a model on a folder of images, masked first, then on whole images; the same command again resumes.
+
+    Every setting of a run is an option of its own, by its full name or any part of it that is unambiguous
+    (--image-size 64, --mask.ratio 0.75, --stages.pretrain.lr 1e-3); the list is below.
+    """
+
+    data: Data
+    out: Annotated[Path, arg(help="directory of the run")]
+    recipe: Annotated[str | None, arg(help="a ready-made configuration: cifar10, digits, emoji")] = None
+    config: Annotated[Path | None, arg(help="YAML file of settings; what it leaves out is chosen")] = None
+    dry_run: Annotated[bool, arg(help="print the whole configuration and the plan, and train nothing")] = False
+    fork: Annotated[bool, arg(help="let a run go on under changed settings")] = False
+
+
+@dataclass
+class DataVerb:
+    """Say what is in a data set: count, sizes, channels, classes, broken and duplicate files, and what is done to them."""
+
+    data: Data
+    image_size: Annotated[str | None, arg(help="height and width to prepare for: 64, or 64x96; chosen from the data if left out")] = None
+
+
+@dataclass
+class Sample:
+    """Draw images from a run: PNG files and a grid. Image i depends on the seed and i alone."""
+
+    run: Run
+    out: Annotated[Path, arg(help="directory for the images")]
+    num: Annotated[int, arg(help="number of images")] = 64
+    steps: Annotated[int | None, arg(help="denoising steps; the run's setting if left out")] = None
+    scheduler: Annotated[SchedulerName | None, arg(help="sampler; the run's setting if left out")] = None
+    eta: Annotated[float | None, arg(help="noise added back by ddim, 0 to 1; the run's setting if left out")] = None
+    guidance: Annotated[float | None, arg(help="classifier-free guidance scale, 1 for none; the run's setting if left out")] = None
+    seed: Annotated[int, arg(help="seed of the noise")] = 0
+    labels: Annotated[tuple[str, ...], arg(help="classes to draw, by name or number, in turn; all if left out")] = ()
+    batch: Annotated[int, arg(help="images computed at a time")] = 64
+
+
+@dataclass
+class Evaluate:
+    """Measure a run's samples against real images, and write metrics.json."""
+
+    run: Run
+    data: Annotated[str | None, arg(help="the data set that the run was trained on, where it has moved; as trained if left out")] = None
+    num: Annotated[int, arg(help="number of samples")] = 1000
+    steps: Annotated[int | None, arg(help="denoising steps; the run's setting if left out")] = None
+    scheduler: Annotated[SchedulerName | None, arg(help="sampler; the run's setting if left out")] = None
+    guidance: Annotated[float | None, arg(help="classifier-free guidance scale, 1 for none; the run's setting if left out")] = None
+    seed: Annotated[int, arg(help="seed of the samples' noise and of the feature network")] = 0
+
+
+@dataclass
+class Report:
+    """Write a run's report.html anew from its files."""
+
+    run: Run
+
+
+Verb = (
+    Annotated[Train, subcommand("train")]
+    | Annotated[DataVerb, subcommand("data")]
+    | Annotated[Sample, subcommand("sample")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Report, subcommand("report")]
+)
+
+TRAIN_OPTIONS = ("--out", "--recipe", "--config")
+TRAIN_FLAGS = ("--dry-run", "--no-dry-run", "--fork", "--no-fork", "--help", "-h")
+
+
+@dataclass
+class CommandLine:
+    """The arguments, with the settings of a run taken out: those are checked against the configuration, not by tyro."""
+
+    rest: list[str] = field(default_factory=list[str])
+    settings: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+
+
+def split_settings(arguments: list[str]) -> CommandLine:
+    """Separate `--any.setting value`, `--any.setting=value` and bare `--switch` / `--no-switch` from train's own options."""
+    line, waiting = CommandLine(), list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        name, has_value, value = word.partition("=")
+        if not word.startswith("--") or name.replace("_", "-") in TRAIN_FLAGS:
+            line.rest.append(word)
+        elif name in TRAIN_OPTIONS:
+            line.rest.extend([word] if has_value or not waiting else [word, waiting.pop(0)])
+        elif has_value:
+            line.settings.append((name[2:], value))
+        elif waiting and not waiting[0].startswith("--"):
+            line.settings.append((word[2:], waiting.pop(0)))
+        else:
+            off = word.startswith("--no-")
+            line.settings.append((word[5:] if off else word[2:], "false" if off else "true"))
+    return line
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped on request (saved)."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code. Errors in what the user gave are one line on standard error."""
+    if arguments in (["--version"], ["-V"]):
+        print(f"maskdm {__version__}")
+        return 0
+    is_train = arguments[:1] == ["train"]
+    line = split_settings(arguments) if is_train else CommandLine(arguments)
+    try:
+        verb = _parse(line.rest)
+        if isinstance(verb, int):
+            if verb == 0 and is_train:
+                print(_settings_help())
+            return verb
+        return _perform(verb, line.settings, arguments)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        return _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; free some space and run the same command again", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"maskdm: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _parse(arguments: list[str]) -> Train | DataVerb | Sample | Evaluate | Report | int:
+    """The verb, or an exit code after --help. Raises UserError: tyro's boxed message, as one line."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(Verb, prog="maskdm", description=_ABOUT, args=arguments or ["--help"])  # pyright: ignore[reportArgumentType, reportReturnType, reportCallIssue]
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return 0
+        text = " ".join(re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]", " ", printed.getvalue()).split())
+        text = re.sub(r"^Parsing error\s*|-{3,}", " ", text).split("For full helptext")[0]
+        raise UserError(" ".join(text.split()).strip() or "the command line cannot be read; see maskdm --help") from None
+
+
+_ABOUT = "Train your own image diffusion model by masked pre-training and fine-tuning. Shell completion: maskdm --tyro-print-completion bash"
+
+
+def _settings_help() -> str:
+    """Every setting with its default in the digits recipe and its meaning."""
+    from maskdm.recipes import recipe
+    from maskdm.settings import leaves
+
+    lines = ["settings of a run (defaults shown as the digits recipe has them; `--dry-run` shows those of your run):"]
+    for leaf in leaves(recipe("digits", "DATA")):
+        name = leaf.path.removesuffix(".kind")
+        lines.append(f"  --{name} {leaf.value if leaf.value is not None else 'none'}\n        {leaf.meaning}")
+    return "\n".join(lines)
+
+
+def _perform(verb: Train | DataVerb | Sample | Evaluate | Report, settings: list[tuple[str, str]], arguments: list[str]) -> int:
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"diffusers|torch\.utils\.tensorboard|multiprocessing")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    from maskdm import runs
+
+    match verb:
+        case Train():
+            return _train(verb, settings, arguments)
+        case DataVerb():
+            print(runs.describe_data(verb.data, verb.image_size, runs.Display()))
+        case Sample():
+            request = runs.SampleRequest(
+                verb.run, verb.out, verb.num, verb.steps, verb.scheduler, verb.eta, verb.guidance, verb.seed, verb.labels, verb.batch
+            )
+            paths = runs.sample_run(request, runs.Display())
+            print(f"{len(paths) - 1} images in {verb.out}; overview in {paths[-1]}")
+        case Evaluate():
+            sampling = runs.SampleRequest(verb.run, verb.run, verb.num, verb.steps, verb.scheduler, None, verb.guidance, verb.seed)
+            print(runs.evaluate_run(sampling, verb.data, runs.Display()))
+        case Report():
+            print(runs.report_run(verb.run))
+        case _ as unreachable:
+            assert_never(unreachable)
+    return 0
+
+
+def _train(verb: Train, settings: list[tuple[str, str]], arguments: list[str]) -> int:
+    import shlex
+
+    from maskdm import runs
+
+    request = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings), verb.dry_run, verb.fork)
+    try:
+        print(runs.train(request, shlex.join(["maskdm", *arguments]), runs.Display()))
+    except runs.Interrupted as stop:
+        return _fail(str(stop), 130)
+    except runs.Diverged as failure:
+        return _fail(str(failure), 1)
+    return 0

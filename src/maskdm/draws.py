@@ -1,0 +1,68 @@
+"""Every random draw of a training step, as a function of (seed, step, position in the global batch) alone.
+
+So neither the worker, the rank, the world size, nor the pieces a batch is computed in can change a sample's noise, time
+or mask; and a resumed run needs no generator state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from maskdm.config import Config, Mask
+from maskdm.diffusion import Times, draw_times
+from maskdm.masking import Kept, draw
+
+ROWS = 8
+"""Samples that share one generator: few enough to slice a batch anywhere without much waste, enough to draw quickly."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Times [batch], noise [batch, patches, features] of all patches, kept patches, dropped labels and mirrored images."""
+
+    t: Times
+    noise: Float[Tensor, "batch patches features"]
+    kept: Kept | None
+    drop: Bool[Tensor, " batch"]
+    flip: Bool[Tensor, " batch"]
+
+
+def derive(*parts: int | str) -> int:
+    """A 63-bit seed that is a function of all parts."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, count: int, batch: int, device: torch.device) -> Draws:
+    """Draw for the samples at positions [first, first + count) of the global batch of `batch` images of a step.
+
+    The mask is drawn last, so that the same noise and times go with every mask.
+    """
+    grid, features = config.grid, config.data.channels * config.model.patch**2
+    uniforms: list[Tensor] = []
+    noises: list[Tensor] = []
+    masks: list[Tensor] = []
+    for block in range(first // ROWS, (first + count - 1) // ROWS + 1):
+        generator = torch.Generator(device).manual_seed(derive(seed, step, block))
+        uniforms.append(torch.rand(ROWS, 3, generator=generator, device=device))
+        noises.append(torch.randn(ROWS, grid[0] * grid[1], features, generator=generator, device=device))
+        kept = draw(mask, ROWS, grid, generator)
+        if kept is not None:
+            masks.append(kept)
+    here = slice(first % ROWS, first % ROWS + count)
+    uniform = torch.cat(uniforms)[here]
+    share = uniform[:, 0]
+    if config.diffusion.stratified:
+        share = (torch.arange(first, first + count, device=device) + share) / batch
+    return Draws(
+        t=draw_times(config.diffusion, share),
+        noise=torch.cat(noises)[here],
+        kept=torch.cat(masks)[here] if masks else None,
+        drop=uniform[:, 1] < config.diffusion.label_drop,
+        flip=uniform[:, 2] < config.data.flip,
+    )

@@ -1,0 +1,26 @@
+"""The training engine: the loop, its state on disk, and weights from elsewhere."""
+
+from __future__ import annotations
+
+from maskdm.engine.checkpoint import Checkpoint
+from maskdm.engine.hardware import Machine, environment, this_machine
+from maskdm.engine.optim import Average, learning_rate, make_optimizer
+from maskdm.engine.trainer import Progress, StageProgress, Step, Trainer, autocast
+from maskdm.engine.weights import Transfer, transfer
+
+__all__ = [
+    "Average",
+    "Checkpoint",
+    "Machine",
+    "Progress",
+    "StageProgress",
+    "Step",
+    "Trainer",
+    "Transfer",
+    "autocast",
+    "environment",
+    "learning_rate",
+    "make_optimizer",
+    "this_machine",
+    "transfer",
+]

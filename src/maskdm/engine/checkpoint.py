@@ -1,0 +1,109 @@
+"""Checkpoints: a folder of safetensors files and a manifest, written under another name, synced, then renamed.
+
+Nothing in a checkpoint is code. The manifest holds each file's size and SHA-256, so that damage is found before use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from maskdm.errors import UserError
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved: tensors by file and name, on the CPU, and plain values."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    numbers: dict[str, Any]
+
+
+def save(folder: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> Path:
+    """Write the checkpoint `folder/name` atomically: it is there whole, or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    files: dict[str, dict[str, str | int]] = {}
+    for file, group in tensors.items():
+        path = partial / f"{file}.safetensors"
+        save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, path)
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    manifest = partial / _MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files, **numbers}, indent=1))
+    _sync(manifest)
+    final = folder / name
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    _sync(folder)
+    return final
+
+
+def names(folder: Path) -> list[str]:
+    """Names of the checkpoints in `folder`, oldest first."""
+    found = [p for p in folder.glob("step-*") if (p / _MANIFEST).is_file() or p.is_dir()]
+    return [p.name for p in sorted(found, key=lambda p: _step(p.name))]
+
+
+def _step(name: str) -> int:
+    digits = name.split("-")[1]
+    return int(digits) if digits.isdigit() else -1
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint. Raises UserError naming the damaged file and the way out."""
+    way_out = f"; delete {path} to go on from the checkpoint before it"
+    try:
+        manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
+        files: dict[str, dict[str, Any]] = manifest["files"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"checkpoint {path / _MANIFEST} is missing or damaged{way_out}") from None
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path} has format {manifest.get('format')}, and this version of maskdm reads format {FORMAT}")
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for file, expected in files.items():
+        whole = path / file
+        try:
+            if whole.stat().st_size != expected["bytes"] or _digest(whole) != expected["sha256"]:
+                raise UserError(f"checkpoint file {whole} is damaged (size or checksum differs){way_out}")
+            tensors[whole.stem] = load_file(whole)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"checkpoint file {whole} cannot be read ({error}){way_out}") from None
+    return Checkpoint(path, tensors, {k: v for k, v in manifest.items() if k not in ("format", "files")})
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` latest checkpoints; those with a name of their own after the step stay."""
+    plain = [name for name in names(folder) if name.count("-") == 1]
+    for name in plain[:-keep]:
+        shutil.rmtree(folder / name)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Ask the disk to have it: a rename may otherwise become durable before the content does."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,77 @@
+"""What the machine has, and what a configuration's `auto` means on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from maskdm.config import Hardware
+from maskdm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device that training will use, with what a choice of model size and budget needs to know of it."""
+
+    device: torch.device
+    name: str
+    cores: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    flops: float
+    """A cautious guess at the arithmetic per second that training reaches; the same on every machine of a kind."""
+
+
+def this_machine(hardware: Hardware) -> Machine:
+    """The machine as `hardware` would use it. Raises UserError for a device that is not there."""
+    kind = hardware.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device is cuda, but torch sees no GPU here; use --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("hardware.device is mps, but torch sees none here; use --device cpu")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    has_bf16 = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and _has_amx()
+    precision = hardware.precision if hardware.precision != "auto" else "bf16" if has_bf16 else "fp32"
+    if precision == "fp16" and kind == "cpu":
+        raise UserError("hardware.precision is fp16, which a CPU is slow at; use bf16 or fp32")
+    name = torch.cuda.get_device_name() if kind == "cuda" else _cpu_name()
+    flops = 1e14 if kind == "cuda" else 2e12 if kind == "mps" else 4e10 * cores
+    return Machine(torch.device(kind), name, cores, precision, flops)
+
+
+def _has_amx() -> bool:
+    """Matrix units for bf16; without them bf16 on a CPU is no faster (docs/experiments.md)."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def environment(machine: Machine, threads: int) -> dict[str, str | int]:
+    """What a figure depends on, for the record."""
+    import diffusers
+
+    return {
+        "device": str(machine.device),
+        "cpu": _cpu_name() if machine.device.type == "cpu" else machine.name,
+        "threads": threads,
+        "precision": machine.precision,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,183 @@
+"""The training loop, a generator: it yields a record of each step, and the caller logs, samples and saves.
+
+A trainer's whole state is what `tensors` and `progress` return: weights, their average, the optimizer's moments, the stage,
+the step and the place in the data. Everything random is a function of the seed and the step (`draws.py`), so there is no
+generator state, and a run resumed from them continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from maskdm.config import Budget, Config, Stage
+from maskdm.data import Loader
+from maskdm.draws import derive, draw_step
+from maskdm.engine.optim import Average, learning_rate, make_optimizer
+from maskdm.models import Denoiser
+from maskdm.objective import masked_denoising_loss
+
+
+@dataclass
+class StageProgress:
+    """What a stage has done: optimizer steps, training images, seconds inside steps."""
+
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+    def share(self, budget: Budget) -> float:
+        """Part of the budget used up, 0..1: that of the limit nearest to its end."""
+        used = ((self.steps, budget.steps), (self.images, budget.images), (self.seconds / 60, budget.minutes))
+        return min(1.0, max(done / limit for done, limit in used if limit is not None))
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `stage` counts up to the number of stages; `images` is the place in the data."""
+
+    stage: int = 0
+    step: int = 0
+    images: int = 0
+    stages: list[StageProgress] = field(default_factory=list[StageProgress])
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far; evaluation, sampling and saving are not counted."""
+        return sum(stage.seconds for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. Tensors are scalars left on the device, so that reading them is the caller's choice."""
+
+    number: int
+    stage: Stage
+    stage_step: int
+    share: float
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+    images: int
+    seconds: float
+    ends_stage: bool
+
+
+class Trainer:
+    """Runs the stages of a configuration over a loader's images."""
+
+    def __init__(self, config: Config, loader: Loader, model: Denoiser, device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> None:
+        self.config, self.loader, self.device, self.precision = config, loader, device, precision
+        self.model = model.to(device).train()
+        if config.hardware.checkpoint_activations:
+            self.model.enable_gradient_checkpointing()
+        self.network: Any = torch.compile(self.model) if config.hardware.compile else self.model
+        self.average = Average(self.model, config.ema)
+        self.optimizer = make_optimizer(self.model, config.optimizer, config.stages[0].lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.progress = Progress(stages=[StageProgress() for _ in config.stages])
+        self._names = {p: name for name, p in self.model.named_parameters()}
+
+    # --- state ---
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the state, by file and name."""
+        moments: dict[str, Tensor] = {}
+        for parameter, state in self.optimizer.state.items():
+            moments |= {f"{key}/{self._names[parameter]}": value for key, value in state.items()}
+        return {"model": self.model.state_dict(), "average": self.average.model.state_dict(), "optimizer": moments}
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state, as plain values."""
+        return {"progress": asdict(self.progress), "scaler": self.scaler.state_dict()}
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
+        """Continue from a state that `tensors` and `numbers` returned."""
+        self.model.load_state_dict(tensors["model"])
+        self.average.model.load_state_dict(tensors["average"])
+        parameters = dict(self.model.named_parameters())
+        self.optimizer = make_optimizer(self.model, self.config.optimizer, self.config.stages[0].lr)
+        for key, value in tensors["optimizer"].items():
+            kind, _, name = key.partition("/")
+            self.optimizer.state[parameters[name]][kind] = value.to(self.device)
+        progress: dict[str, Any] = dict(numbers["progress"])
+        progress["stages"] = [StageProgress(**stage) for stage in progress["stages"]]
+        progress["stages"] += [StageProgress() for _ in self.config.stages[len(progress["stages"]) :]]
+        self.progress = Progress(**progress)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(numbers["scaler"])
+
+    # --- the loop ---
+
+    def run(self) -> Iterator[Step]:
+        """Train to the end of the last stage, yielding after each step. The state is consistent at every yield."""
+        while self.progress.stage < len(self.config.stages):
+            stage = self.config.stages[self.progress.stage]
+            done = self.progress.stages[self.progress.stage]
+            if done.steps == 0:
+                self._enter(stage)
+            while done.share(stage.budget) < 1:
+                yield self._step(stage, done)
+            self.progress.stage += 1
+
+    def _enter(self, stage: Stage) -> None:
+        """Start a stage: weights raw or averaged from what came before, a new average and a fresh optimizer."""
+        if stage.start_from == "ema":
+            self.model.load_state_dict(self.average.model.state_dict())
+        self.average.restart(self.model)
+        self.optimizer = make_optimizer(self.model, self.config.optimizer, stage.lr)
+
+    def _step(self, stage: Stage, done: StageProgress) -> Step:
+        started = time.perf_counter()
+        number = self.progress.step
+        lr = learning_rate(stage, done.steps, done.share(stage.budget))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=self.device)
+        for piece in range(stage.accumulate):
+            loss += self._backward(stage, number, piece)
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.optimizer.clip
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the average must not count it
+            self.average.update(self.model, done.steps)
+        done.steps += 1
+        done.images += stage.batch
+        self.progress.step += 1
+        self.progress.images += stage.batch
+        done.seconds += time.perf_counter() - started
+        share = done.share(stage.budget)
+        return Step(self.progress.step, stage, done.steps, share, loss, grad_norm, lr, done.images, self.progress.seconds, share >= 1)
+
+    def _backward(self, stage: Stage, number: int, piece: int) -> Tensor:
+        """Add the gradients of one piece of the batch; returns its share of the loss."""
+        count = stage.batch // stage.accumulate
+        batch = self.loader.batch(self.progress.images + piece * count, count).to(self.device)
+        seed = derive("train", self.config.seed)
+        draws = draw_step(self.config, stage.mask, seed, number, piece * count, count, stage.batch, self.device)
+        with autocast(self.device, self.precision):
+            loss = masked_denoising_loss(self.network, self.config.diffusion, batch.images, batch.labels, draws)
+        total = loss.total / stage.accumulate
+        self.scaler.scale(total).backward()
+        return total.detach()
+
+
+def autocast(device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> contextlib.AbstractContextManager[Any]:
+    """Half-precision arithmetic around fp32 weights, where asked for."""
+    match precision:
+        case "fp32":
+            return contextlib.nullcontext()
+        case "bf16":
+            return torch.autocast(device.type, torch.bfloat16)
+        case "fp16":
+            return torch.autocast(device.type, torch.float16)

@@ -1,0 +1,15 @@
+"""What went wrong, for the person who asked: one line, and the way out."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input. The message is one line naming the file, key or value and the way out; exit code 2."""
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """`; did you mean X?` for the choice closest to `word`, or nothing when none is close."""
+    import difflib
+
+    match = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""

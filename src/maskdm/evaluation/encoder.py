@@ -1,0 +1,58 @@
+"""The small convolutional network behind the `self` features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+DIMENSIONS = 64
+LARGEST = 64
+"""Pixels of the longer side that the encoder sees; larger images are averaged down to it."""
+
+
+class Encoder(nn.Module):
+    """Images of one size to 64 features, and to class scores where there are classes; a few million multiplications each."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int, height: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.shape = (channels, height, width)
+        self.classes = classes
+        shrink = min(1.0, LARGEST / max(height, width))
+        self.size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+        stride = max(1, round(min(self.size) / 16))
+        self.body = nn.Sequential(
+            *_convolution(channels, 32, 2 * stride + 1, stride),
+            *_convolution(32, 64, 3, 2),
+            *_convolution(64, 64, 3, 1),
+            *_convolution(64, 128, 3, 2),
+            *_convolution(128, 128, 3, 1),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+            nn.Linear(4 * 128, DIMENSIONS),
+        )
+        self.scale = nn.BatchNorm1d(DIMENSIONS, affine=False)
+        self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(DIMENSIONS, max(1, classes)))
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def prepare(self, images: UInt8[Tensor, "_ _ _ _"]) -> Float[Tensor, "_ _ _ _"]:
+        """To the encoder's size, and to mean 0 and deviation 1 over the training images."""
+        pixels = images.float() / 255
+        if self.size != self.shape[1:]:
+            pixels = F.interpolate(pixels, self.size, mode="area")
+        return (pixels - self.mean) / self.std
+
+    def forward(self, prepared: Float[Tensor, "n _ _ _"]) -> Float[Tensor, "n 64"]:
+        """Features; over the training images each has mean 0 and deviation 1."""
+        features: Tensor = self.scale(self.body(prepared))
+        return features
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]

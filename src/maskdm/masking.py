@@ -1,0 +1,91 @@
+"""Which patches of each image the network sees (arXiv 2306.11363, section 3.2).
+
+Masks are drawn on the device from a generator. The number of kept patches depends on the mask and the grid alone, so that
+shapes stay static. The model gathers by these indices, the objective reads them; nothing else knows about masks.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from maskdm.config import BlockMask, CropMask, Mask, NoMask, PatchMask
+
+Grid = tuple[int, int]
+Kept = Int[Tensor, "batch kept"]
+"""Row-major patch indices of each image that stay visible, in increasing order."""
+
+
+def num_kept(mask: Mask, grid: Grid) -> int:
+    """Patches that stay visible in each image, out of grid[0] * grid[1]."""
+    total = grid[0] * grid[1]
+    match mask:
+        case NoMask():
+            return total
+        case PatchMask(ratio=ratio):
+            return total - int(ratio * total)
+        case BlockMask(ratio=ratio, size=size):
+            return total - int(ratio * total) // size**2 * size**2
+        case CropMask(size=size):
+            return size**2
+
+
+def hidden_rate(mask: Mask, grid: Grid) -> float:
+    """The true share of patches hidden, which rounding to patches and blocks moves away from the nominal one."""
+    return 1 - num_kept(mask, grid) / (grid[0] * grid[1])
+
+
+def draw(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -> Kept | None:
+    """Draw the kept patches of each of `batch` images, on the generator's device; None when every patch is kept.
+
+    The indices are int64 [batch, kept], sorted, with the same `kept` = num_kept(mask, grid) for all images.
+    """
+    kept = num_kept(mask, grid)
+    match mask:
+        case NoMask():
+            return None
+        case PatchMask():
+            return _random_subset(batch, grid[0] * grid[1], kept, generator)
+        case BlockMask(size=size):
+            return _blocks(batch, grid, size, kept // size**2, generator)
+        case CropMask(size=size):
+            return _crop(batch, grid, size, generator)
+
+
+def _random_subset(batch: int, total: int, kept: int, generator: torch.Generator) -> Kept:
+    """A uniformly random `kept`-subset of range(total) per row: the places of the `kept` smallest of uniform draws.
+
+    In float64, because at the 2^24 levels of float32 ties are common enough to bias the choice.
+    """
+    on_mps = generator.device.type == "mps"
+    keys = torch.rand(batch, total, generator=generator, device=generator.device, dtype=torch.float32 if on_mps else torch.float64)
+    return keys.argsort(dim=1)[:, :kept].sort(dim=1).values
+
+
+def _blocks(batch: int, grid: Grid, size: int, kept_blocks: int, generator: torch.Generator) -> Kept:
+    down, across = grid[0] // size, grid[1] // size
+    blocks = _random_subset(batch, down * across, kept_blocks, generator)
+    row, column = blocks // across * size, blocks % across * size
+    return _windows(row, column, size, grid).flatten(1).sort(dim=1).values
+
+
+def _crop(batch: int, grid: Grid, size: int, generator: torch.Generator) -> Kept:
+    def place(free: int) -> Tensor:
+        return torch.randint(free + 1, (batch, 1), generator=generator, device=generator.device)
+
+    return _windows(place(grid[0] - size), place(grid[1] - size), size, grid).flatten(1)
+
+
+def _windows(row: Tensor, column: Tensor, size: int, grid: Grid) -> Tensor:
+    """Indices [batch, windows, size * size] of the patches in windows whose top left patch is at (row, column)."""
+    step = torch.arange(size, device=row.device)
+    inside = (step[:, None] * grid[1] + step).flatten()
+    return (row * grid[1] + column)[..., None] + inside
+
+
+def take(patches: Float[Tensor, "batch all features"], kept: Kept | None) -> Float[Tensor, "batch kept features"]:
+    """The kept patches of each image; all of them, untouched, when `kept` is None."""
+    if kept is None:
+        return patches
+    return patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))

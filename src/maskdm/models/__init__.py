@@ -1,0 +1,23 @@
+"""The networks: the paper's U-ViT and a modern DiT, both diffusers models that take kept patches by index."""
+
+from __future__ import annotations
+
+from maskdm.config import Data, DiTConfig, Model, UViTConfig
+from maskdm.models.denoiser import Denoiser, DenoiserOutput
+from maskdm.models.dit import DiT
+from maskdm.models.layers import patchify, unpatchify
+from maskdm.models.uvit import UViT
+
+__all__ = ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"]
+
+
+def build(model: Model, data: Data, num_classes: int) -> Denoiser:
+    """The network for images as `data` describes them. num_classes 0: unconditional."""
+    size = data.image_size if data.image_size[0] != data.image_size[1] else data.image_size[0]
+    match model:
+        case UViTConfig():
+            return UViT(
+                size, data.channels, model.patch, model.width, model.depth, model.heads, model.mlp_ratio, model.qkv_bias, num_classes
+            )
+        case DiTConfig():
+            return DiT(size, data.channels, model.patch, model.width, model.depth, model.heads, model.mlp_ratio, num_classes)

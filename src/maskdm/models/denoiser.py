@@ -1,0 +1,82 @@
+"""What every network shares: a diffusers model that takes whole images, or only the kept patches and where they sit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.utils import BaseOutput
+from jaxtyping import Int, Num
+from torch import Tensor, nn
+
+from maskdm.models.layers import Patches, patchify, unpatchify
+
+SampleSize = int | tuple[int, int] | list[int]
+"""Height and width, or one side; a list when read back from JSON."""
+
+
+@dataclass
+class DenoiserOutput(BaseOutput):
+    """The network's output for its target, in the shape of its input."""
+
+    sample: Tensor
+
+
+class Denoiser(ModelMixin, ConfigMixin):
+    """Base of the networks. A subclass embeds and transforms patches in `denoise`; the cost is that of the kept ones."""
+
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Any = None
+
+    patch_size: int
+    num_classes: int
+    size: tuple[int, int]
+
+    def _set_geometry(self, sample_size: SampleSize, patch_size: int, num_classes: int) -> None:
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        self.size, self.patch_size, self.num_classes = (height, width), patch_size, num_classes
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.size[0] // self.patch_size, self.size[1] // self.patch_size
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Int[Tensor, " batch"] | None = None,
+        kept: Int[Tensor, "batch kept"] | None = None,
+        return_dict: bool = True,
+    ) -> DenoiserOutput | tuple[Tensor]:
+        """Predict the target.
+
+        sample: noisy images [batch, channels, height, width] in about -1..1, or patches [batch, kept, features] as
+        `patchify` makes them, then with `kept`, their row-major indices (None: all patches, in order).
+        timestep: 0..1000, one for all or [batch]. class_labels: 0..num_classes, where num_classes is the null class,
+        which is also what None means; ignored by an unconditional network. Returns the shape of `sample`.
+        """
+        whole = sample.ndim == 4
+        patches = patchify(sample, self.patch_size) if whole else sample
+        t = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
+        if self.num_classes and class_labels is None:
+            class_labels = torch.full((sample.shape[0],), self.num_classes, device=sample.device)
+        output = self.denoise(patches, t, class_labels if self.num_classes else None, kept)
+        output = unpatchify(output, self.patch_size, self.size) if whole else output
+        return DenoiserOutput(sample=output) if return_dict else (output,)
+
+    def denoise(self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None) -> Patches:
+        """Predict the target on patches [batch, kept, features]."""
+        raise NotImplementedError
+
+    def undecayed(self) -> set[str]:
+        """Names of the embeddings and position tables, which weight decay leaves alone; norms and biases are known by shape."""
+        return {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
+
+    def _run(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)

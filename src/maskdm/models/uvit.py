@@ -1,0 +1,98 @@
+"""U-ViT (arXiv 2209.12152) as MaskDM uses it: every condition a token, long skips, no decoder."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Num
+from torch import Tensor, nn
+
+from maskdm.models.denoiser import Denoiser, SampleSize
+from maskdm.models.layers import Attention, GeluMLP, Patches, Tokens, sinusoidal
+
+
+class UViTBlock(nn.Module):
+    """Pre-norm attention and MLP; with a skip, the input is first joined with an earlier block's output."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool) -> None:
+        super().__init__()
+        self.skip = nn.Linear(2 * width, width) if skip else None
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = GeluMLP(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tokens, earlier: Tokens | None = None) -> Tokens:
+        if self.skip is not None and earlier is not None:
+            x = self.skip(torch.cat([x, earlier], dim=-1))
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class UViT(Denoiser):
+    """The paper's network.
+
+    Tokens are [class, when conditional] [time] [kept patches]. One learned table holds the positions of extras and of all
+    patches, and is read at the kept ones. The time token is a bare sinusoid. 2 * (depth // 2) + 1 blocks are built.
+
+    sample_size: height and width, or one side, in pixels; a multiple of patch_size. num_classes: 0 for unconditional;
+    else index num_classes is the null class, trained by dropping labels.
+    """
+
+    __module__ = "maskdm"  # the public home, which a saved pipeline names
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: SampleSize,
+        in_channels: int = 3,
+        patch_size: int = 4,
+        width: int = 512,
+        depth: int = 13,
+        heads: int = 8,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        self._set_geometry(sample_size, patch_size, num_classes)
+        features = in_channels * patch_size**2
+        self.num_extras = 2 if num_classes else 1
+        self.patch_embedding = nn.Linear(features, width)
+        self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.positions = nn.Embedding(self.num_extras + self.grid[0] * self.grid[1], width)
+
+        def block(skip: bool) -> UViTBlock:
+            return UViTBlock(width, heads, mlp_ratio, qkv_bias, skip)
+
+        self.down_blocks = nn.ModuleList(block(skip=False) for _ in range(depth // 2))
+        self.middle_block = block(skip=False)
+        self.up_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, features)
+        self.apply(_initialize)
+        self.patch_embedding.reset_parameters()  # the published code leaves the patch embedding at the framework's default
+
+    def denoise(self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None) -> Patches:
+        x = self.patch_embedding(patches)
+        table = self.positions.weight
+        x = x + (table[self.num_extras :] if kept is None else self.positions(kept + self.num_extras))
+        extras = [sinusoidal(t, x.shape[-1])]
+        if self.class_embedding is not None and labels is not None:
+            extras.insert(0, self.class_embedding(labels))
+        x = torch.cat([torch.stack(extras, dim=1) + table[: self.num_extras], x], dim=1)
+        skips: list[Tensor] = []
+        for block in self.down_blocks:
+            x = self._run(block, x)
+            skips.append(x)
+        x = self._run(self.middle_block, x)
+        for block in self.up_blocks:
+            x = self._run(block, x, skips.pop())
+        return self.out(self.norm(x[:, self.num_extras :]))
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

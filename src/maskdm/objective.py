@@ -1,0 +1,44 @@
+"""Masked denoising score matching (arXiv 2306.11363, equation 6), on one screen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from maskdm.config import Diffusion
+from maskdm.data.loader import flip, to_model_range
+from maskdm.diffusion import Times, add_noise, drop_labels, loss_weight
+from maskdm.draws import Draws
+from maskdm.masking import take
+from maskdm.models import Denoiser, patchify
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The weighted mean to descend, and each sample's unweighted error [batch] at its time [batch]."""
+
+    total: Float[Tensor, ""]
+    errors: Float[Tensor, " batch"]
+    t: Times
+
+
+def masked_denoising_loss(
+    model: Denoiser,
+    diffusion: Diffusion,
+    images: UInt8[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"] | None,
+    draws: Draws,
+) -> Loss:
+    """E || target_tau - model(x_t restricted to tau, positions of tau, t) ||^2 over the kept patches tau, mean per element.
+
+    Only kept patches are noised, and the model sees nothing else. With every patch kept this is the ordinary loss.
+    """
+    x0 = take(patchify(to_model_range(flip(images, draws.flip)), model.patch_size), draws.kept)
+    noised = add_noise(diffusion, x0, take(draws.noise, draws.kept), draws.t)
+    if labels is not None:
+        labels = drop_labels(labels, draws.drop, null=model.num_classes)
+    output = model(noised.x_t, draws.t, labels, draws.kept).sample
+    errors = (output.float() - noised.target).square().mean(dim=(1, 2))
+    return Loss((loss_weight(diffusion, draws.t) * errors).mean(), errors.detach(), draws.t)

@@ -1,0 +1,356 @@
+"""Parts of a self-contained HTML page: values out of files, escaped text, numbers for people, tables, pictures, charts as inline SVG.
+
+Whatever comes from a file passes through `text` (or a function here that calls it) before it becomes part of a page.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any, cast
+
+Json = dict[str, Any]
+GAP = "\u202f"  # narrow, unbreakable: between digits, and between a number and its unit
+NUM_COLORS = 5
+
+
+# --- values out of files whose shape is not to be relied on ---------------------------------------------------------
+
+
+def as_object(value: Any) -> Json:
+    """The value if it is a JSON object, else an empty one."""
+    return cast(Json, value) if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """The value if it is a list, else an empty one."""
+    return cast(list[Any], value) if isinstance(value, list) else []
+
+
+def as_objects(value: Any) -> list[Json]:
+    """The value if it is a list, its items as JSON objects."""
+    return [as_object(item) for item in as_list(value)]
+
+
+def read_text(path: Path) -> str:
+    """The file's text; nothing when there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def parse(source: str) -> Json:
+    """The JSON object in `source`; an empty one when it is something else, or cut off."""
+    try:
+        return as_object(json.loads(source))
+    except ValueError:
+        return {}
+
+
+def read_events(path: Path) -> list[Json]:
+    """The records that still hold, of JSON lines: those past the step that a run resumed from have been done over since."""
+    events: list[Json] = []
+    for record in filter(None, map(parse, read_text(path).splitlines())):
+        if record.get("event") == "resume":
+            start = amount(record, "step")
+            events = [earlier for earlier in events if amount(earlier, "step") <= start]
+        events.append(record)
+    return events
+
+
+def finite(record: Json, key: str) -> float | None:
+    """The number under `key`; None when it is absent, no number, or not finite."""
+    found = record.get(key)
+    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found) else None
+
+
+def amount(record: Json, key: str) -> float:
+    """The number under `key`, or 0."""
+    return finite(record, key) or 0.0
+
+
+def points(records: Sequence[Json], x: str, y: str, unit: float = 1.0) -> list[tuple[float, float]]:
+    """(x / unit, y) of the records that have both, and a y that can stand on a logarithmic axis."""
+    pairs = [(finite(record, x), finite(record, y)) for record in records]
+    return [(first / unit, second) for first, second in pairs if first is not None and second is not None and second > 0]
+
+
+def stage_starts(events: Sequence[Json], unit: float) -> list[tuple[float, str]]:
+    """When each stage but the first began, on the clock of the records."""
+    starts: dict[str, float] = {}
+    latest = 0.0
+    for record in events:
+        if "seconds" in record and record.get("stage") is not None:
+            starts.setdefault(str(record["stage"]), latest)
+            latest = max(latest, amount(record, "seconds"))
+    return [(start / unit, name) for name, start in list(starts.items())[1:]]
+
+
+# --- text and tables ------------------------------------------------------------------------------------------------
+
+
+def text(value: object) -> str:
+    """Any value as escaped text, safe between tags and inside quoted attributes."""
+    return html.escape(str(value), quote=True)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """1437 -> '1 437', 0.012345 -> '0.0123', None -> a dash."""
+    if value is None:
+        return "&ndash;"
+    if float(value).is_integer() or abs(value) >= 1000:
+        return f"{round(value):,}".replace(",", GAP)
+    return f"{value:.{digits}g}"
+
+
+def word(record: Json, key: str) -> str:
+    """The value under `key` as escaped text, or a question mark."""
+    return text(record.get(key, "?"))
+
+
+def count(record: Json, key: str) -> str:
+    """The number under `key` for people, or a dash."""
+    return number(finite(record, key))
+
+
+def percent(value: float | None) -> str:
+    """0.875 -> '87.5 %'."""
+    return "&ndash;" if value is None else f"{round(100 * value, 1):g}{GAP}%"
+
+
+def duration(seconds: float) -> str:
+    """200 -> '3 min 20 s'."""
+    if seconds < 10:
+        return f"{seconds:.1f}{GAP}s"
+    whole = round(seconds)
+    for size, unit, smaller, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size}{GAP}{unit}" + (f" {rest}{GAP}{small}" if rest else "")
+    return f"{whole}{GAP}s"
+
+
+def clock(longest: float) -> tuple[float, str]:
+    """Seconds per unit of a time axis that reaches `longest` seconds, and the unit."""
+    return (1, "s") if longest <= 180 else (60, "min") if longest <= 3 * 3600 else (3600, "h")
+
+
+def bullets(items: Sequence[str], kind: str = "") -> str:
+    """A list of finished HTML fragments; nothing when there are none."""
+    return f'<ul class="{kind}">' + "".join(f"<li>{item}</li>" for item in items) + "</ul>" if items else ""
+
+
+def tiles(facts: Sequence[tuple[str, str, str]]) -> str:
+    """(what, how much, remark) side by side, from finished HTML fragments."""
+    return '<dl class="facts">' + "".join(f"<div><dt>{a}</dt><dd>{b}<small>{c}</small></dd></div>" for a, b, c in facts) + "</dl>"
+
+
+def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], wide: bool = False) -> str:
+    """A table of finished HTML fragments that scrolls in its own box; `wide`: the last column is prose. Cells may be empty."""
+    last = len(head) - 1
+
+    def cell(index: int, content: str) -> str:
+        if index == 0:
+            return f'<th scope="row">{content}</th>'
+        return f'<td class="{"wide" if wide and index == last else "num"}">{content}</td>'
+
+    titles = "".join(f'<th scope="col">{title}</th>' for title in head)
+    body = "".join("<tr>" + "".join(cell(i, content) for i, content in enumerate(row)) + "</tr>" for row in rows)
+    # A box that scrolls must be reachable by keyboard, hence the tabindex and the name.
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table>'
+        f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def picture(path: Path, alt: str, width: int = 640, attributes: str = "") -> str | None:
+    """The image file as an <img> with its bytes inside, small ones enlarged by a whole factor up to `width` pixels.
+
+    None when the file is absent or is no whole image (one that is being written, say).
+    """
+    from PIL import Image
+
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            across, down, kind = image.width, image.height, Image.MIME[image.format or "PNG"]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    factor = max(1, width // across)
+    pixel = ' class="pixel"' if factor > 1 else ""
+    encoded = base64.b64encode(data).decode("ascii")
+    size = f'width="{across * factor}" height="{down * factor}"'
+    return f'<img{pixel} {size} alt="{text(alt)}" {attributes} src="data:{kind};base64,{encoded}">'
+
+
+def figure(path: Path, alt: str, note: str, width: int = 640) -> str:
+    """The picture with a line below it; nothing when there is no picture."""
+    image = picture(path, alt, width)
+    return f"<figure>{image}<figcaption>{note}</figcaption></figure>" if image else ""
+
+
+def slider(frames: Sequence[tuple[Path, str]]) -> str:
+    """Pictures (file, caption) that share one place, with a control over which shows: the last before, or without, the script."""
+    images: list[str] = []
+    for path, caption in reversed(frames):
+        frame = picture(path, f"Samples at {caption}", 640, f'data-caption="{text(caption)}"' + (" hidden" if images else ""))
+        images += [frame] if frame else []
+    if not images:
+        return ""
+    last = len(images) - 1
+    control = f'<input type="range" min="0" max="{last}" value="{last}" autocomplete="off">'
+    label = f'<label class="slider" hidden><span>Time</span>{control}<output></output></label>'
+    return f'<div class="frames">{label}{"".join(reversed(images))}</div>'
+
+
+# --- charts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart: points (x, y), a colour by number, raw points drawn faintly behind, and how strongly it shows."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    color: int = 0
+    faint: Sequence[tuple[float, float]] = ()
+    strength: float = 1.0
+    dots: bool = False
+
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 58, 14, 12, 46
+
+
+def smooth(raw: Sequence[tuple[float, float]], most: int = 150) -> list[tuple[float, float]]:
+    """At most `most` means of neighbouring points: one batch's loss says more of its noise levels than of the network."""
+    size = max(1, math.ceil(len(raw) / most), min(8, len(raw) // 12))
+    parts = [raw[start : start + size] for start in range(0, len(raw), size)]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def _linear_ticks(low: float, high: float, num: int = 5) -> list[float]:
+    raw = (high - low) / num
+    base = 10.0 ** math.floor(math.log10(raw))
+    step = next(base * factor for factor in (1, 2, 2.5, 5, 10) if base * factor >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 2, 5)):
+        ticks = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+        if len(ticks) >= 3:
+            return ticks
+    return _linear_ticks(low, high)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Data to picture units; y is logarithmic, since a loss falls by factors."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def across(self, x: float) -> float:
+        return LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)
+
+    def down(self, y: float) -> float:
+        low, high = math.log(self.y[0]), math.log(self.y[1])
+        return TOP + (high - math.log(y)) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    def path(self, line: Sequence[tuple[float, float]]) -> str:
+        return " ".join(f"{self.across(x):.1f},{self.down(y):.1f}" for x, y in line)
+
+
+def _scale(series: Sequence[Series]) -> _Scale:
+    every = [point for line in series for point in (*line.points, *line.faint)]
+    xs, ys = [x for x, _ in every], [y for _, y in every]
+    low, high = min(ys), max(ys)
+    room = 1.04 if high > low else 1.5
+    return _Scale((min(0.0, min(xs)), max(max(xs), 1e-9)), (low / room, high * room))
+
+
+def _axes(scale: _Scale, x_label: str, y_label: str) -> str:
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts: list[str] = []
+    for y in _log_ticks(*scale.y):
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{scale.down(y):.1f}" y2="{scale.down(y):.1f}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{scale.down(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+    for x in _linear_ticks(*scale.x):
+        parts.append(f'<text x="{scale.across(x):.1f}" y="{bottom + 18}" text-anchor="middle">{number(x)}</text>')
+    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{x_label}</text>')
+    middle = (TOP + bottom) / 2
+    parts.append(f'<text x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{y_label}</text>')
+    return "".join(parts)
+
+
+def _line(scale: _Scale, line: Series) -> str:
+    color = f"--c: var(--c{line.color % NUM_COLORS}); opacity: {line.strength}"
+    parts = [f'<g style="{color}">']
+    if line.faint:
+        parts.append(f'<polyline class="faint" points="{scale.path(line.faint)}"/>')
+    parts.append(f'<polyline class="curve" points="{scale.path(line.points)}"/>')
+    if line.dots or len(line.points) == 1:
+        for x, y in line.points:
+            hint = f"<title>{text(line.name)}: {number(x)}, {number(y)}</title>"
+            parts.append(f'<circle class="dot" r="3.4" cx="{scale.across(x):.1f}" cy="{scale.down(y):.1f}">{hint}</circle>')
+    return "".join(parts) + "</g>"
+
+
+def chart(
+    title: str, x_label: str, y_label: str, series: Sequence[Series], marks: Sequence[tuple[float, str]] = (), note: str = ""
+) -> str:
+    """Lines over a logarithmic y axis, with vertical `marks` (x, name); '' when there is nothing to draw. Points need y > 0."""
+    series = [line for line in series if line.points]
+    if not series:
+        return ""
+    scale = _scale(series)
+    drawn = "".join(_line(scale, line) for line in series)
+    for x, name in marks:
+        at, late = scale.across(x), x > (scale.x[0] + 2 * scale.x[1]) / 3
+        side = f'x="{at - 5:.1f}" text-anchor="end"' if late else f'x="{at + 5:.1f}"'
+        drawn += f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        drawn += f'<text {side} y="{TOP + 12}">{text(name)}</text>'
+    ends = "; ".join(f"{line.name} from {number(line.points[0][1])} to {number(line.points[-1][1])}" for line in series)
+    names = [
+        f'<span style="--c: var(--c{line.color % NUM_COLORS}); opacity: {line.strength}"></span>{text(line.name)}'
+        for line in series
+    ]
+    return (
+        f'<figure class="chart"><h3>{title}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}: {text(ends)}">'
+        f"{_axes(scale, x_label, y_label)}{drawn}</svg>{bullets(names, 'legend')}<figcaption>{note}</figcaption></figure>"
+    )
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page: an anchor, a heading, and finished HTML; left out when that is empty."""
+
+    name: str
+    title: str
+    content: str
+
+    def html(self) -> str:
+        """The part, labelled by its heading."""
+        return f'<section id="{self.name}" aria-labelledby="{self.name}-title"><h2 id="{self.name}-title">{self.title}</h2>{self.content}</section>'
+
+
+def document(title: str, header: str, sections: Sequence[Section]) -> str:
+    """The whole page: the template beside this module, filled."""
+    shown = [part for part in sections if part.content]
+    links = "".join(f'<a href="#{part.name}">{part.title}</a>' for part in shown)
+    template = Template(Path(__file__).with_name("report_template.html").read_text(encoding="utf-8"))
+    return template.substitute(title=text(title), header=header, links=links, parts="\n".join(part.html() for part in shown))

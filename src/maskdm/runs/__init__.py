@@ -1,0 +1,42 @@
+"""The verbs: the only place where data, models, training, sampling and evaluation meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskdm.report import write_report
+from maskdm.runs.data import describe_data
+from maskdm.runs.directory import RunDirectory
+from maskdm.runs.display import Display
+from maskdm.runs.evaluate import evaluate_run
+from maskdm.runs.observe import Diverged
+from maskdm.runs.resolve import TrainRequest
+from maskdm.runs.sample import SampleRequest, sample
+from maskdm.runs.store import load_pipeline
+from maskdm.runs.train import Interrupted, train
+
+__all__ = [
+    "Display",
+    "Diverged",
+    "Interrupted",
+    "SampleRequest",
+    "TrainRequest",
+    "describe_data",
+    "evaluate_run",
+    "report_run",
+    "sample_run",
+    "train",
+]
+
+
+def sample_run(request: SampleRequest, display: Display) -> list[Path]:
+    """Draw images from the run that the request names. Raises UserError."""
+    pipeline, origin = load_pipeline(request.run)
+    display.note(f"weights: {origin}")
+    with display.counting(f"drawing {request.num} images") as progress:
+        return sample(request, pipeline, RunDirectory(request.run).config().sampling, progress)
+
+
+def report_run(path: Path) -> Path:
+    """Write a run's report anew; returns its path. Raises UserError."""
+    return write_report(path)

@@ -1,0 +1,110 @@
+"""A run's directory: what is in it and under which name. Everything a person or a report needs is in plain files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from maskdm.config import Config
+from maskdm.errors import UserError
+from maskdm.settings import from_plain, read_yaml, to_yaml
+
+Weights = Literal["raw", "ema"]
+
+
+class RunDirectory:
+    """Paths and small files of a run; tensors are the checkpoints' and the model folder's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.run_file = path / "run.json"
+        self.metrics_log = path / "metrics.jsonl"
+        self.metrics_file = path / "metrics.json"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.model = path / "model"
+        self.tensorboard = path / "tensorboard"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has written its configuration here."""
+        return self.config_file.is_file()
+
+    @classmethod
+    def existing(cls, path: Path) -> RunDirectory:
+        """The run at `path`. Raises UserError where there is none."""
+        run = cls(path)
+        if not path.is_dir():
+            raise UserError(f"{path} is not there; give the directory of a run of `maskdm train`")
+        if not run.started or not run.run_file.is_file():
+            raise UserError(f"{path} is not the directory of a run of `maskdm train` (no config.yaml and run.json in it)")
+        return run
+
+    def check_free(self) -> None:
+        """Raise UserError where a run cannot be: a file, or a directory with other things in it."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file; give a directory")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.started:
+            raise UserError(f"--out {self.path} holds files that are not a run's; give an empty or a new directory")
+        parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"cannot write to --out {self.path}: {parent} is read-only")
+
+    def create(self) -> None:
+        """Make the directory. Raises UserError where that cannot be."""
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.path}: {error.strerror}") from None
+
+    def config(self) -> Config:
+        """The run's whole configuration."""
+        try:
+            return from_plain(read_yaml(self.config_file))
+        except UserError as error:
+            raise UserError(f"{self.config_file}: {error}") from None
+
+    def write_config(self, config: Config) -> None:
+        """Store the configuration."""
+        write_text(self.config_file, to_yaml(config))
+
+    def info(self) -> dict[str, Any]:
+        """The content of run.json."""
+        try:
+            found: dict[str, Any] = json.loads(self.run_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"{self.run_file} is missing or damaged; restore it or train into a new directory") from None
+        return found
+
+    def write_info(self, info: dict[str, Any]) -> None:
+        """Store run.json."""
+        write_text(self.run_file, json.dumps(info, indent=1, ensure_ascii=False))
+
+    def log(self, event: str, step: int, **values: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        with self.metrics_log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "step": step, **values}, ensure_ascii=False) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the log's lines of steps later than `step`, which a resumed run does again, and a half-written last line."""
+        if not self.metrics_log.is_file():
+            return
+        kept: list[str] = []
+        for line in self.metrics_log.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        write_text(self.metrics_log, "".join(line + "\n" for line in kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once, so that a reader or a crash never meets half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+

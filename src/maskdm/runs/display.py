@@ -1,0 +1,93 @@
+"""What a person sees while a run goes on: notes, bars in a terminal, and a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_SECONDS = 20.0
+"""Between lines of progress where there is no terminal to draw a bar in."""
+
+
+class Display:
+    """Prints to standard error what goes on; results go to standard output."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def note(self, text: str) -> None:
+        """A line."""
+        self.console.print(escape(text))
+
+    def heading(self, text: str) -> None:
+        """A line that stands out."""
+        self.console.print(f"[bold]{escape(text)}[/bold]")
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar for work of known length: the function given is called with (done, total)."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
+            bar = bars.add_task(what, total=None)
+            said = time.monotonic()
+
+            def update(done: int, total: int) -> None:
+                nonlocal said
+                bars.update(bar, completed=done, total=total)
+                if not self.console.is_terminal and time.monotonic() - said > LINE_SECONDS:
+                    said = time.monotonic()
+                    self.note(f"{what}: {done} of {total}")
+
+            yield update
+
+    @contextmanager
+    def training(self) -> Iterator[TrainingBar]:
+        """A bar for the stages of a run."""
+        columns = (
+            TextColumn("[bold]{task.description}[/bold]"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("eta {task.fields[eta]}"),
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bars:
+            yield TrainingBar(self, bars)
+
+
+class TrainingBar:
+    """The bar of the stage that is running."""
+
+    def __init__(self, display: Display, bars: Progress) -> None:
+        self._display, self._bars = display, bars
+        self._stage = ""
+        self._bar = None
+        self._said = time.monotonic()
+
+    def update(self, stage: str, share: float, step: int, seconds: float, images_per_second: float, loss: float) -> None:
+        """Show where the stage stands: `share` of its budget, its `step`, training `seconds` in the stage, and figures."""
+        if stage != self._stage or self._bar is None:
+            self._stage = stage
+            self._bar = self._bars.add_task(stage, total=1.0, figures="", eta="")
+        eta = _clock(seconds * (1 - share) / share) if share > 0 else "?"
+        figures = f"step {step}  {images_per_second:.0f} images/s  loss {loss:.4f}"
+        self._bars.update(self._bar, completed=share, figures=figures, eta=eta)
+        if not self._display.console.is_terminal and (time.monotonic() - self._said > LINE_SECONDS or share >= 1):
+            self._said = time.monotonic()
+            self._display.note(f"{stage} {share:4.0%}  {figures}  eta {eta}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def say_result(text: str) -> None:
+    """Print a result to standard output."""
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,193 @@
+"""What is kept of a run while it goes on: metrics, held-out loss, samples, checkpoints; and what it leaves at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from maskdm.config import Config
+from maskdm.data import Dataset
+from maskdm.draws import derive
+from maskdm.engine import Step, Trainer, autocast
+from maskdm.evaluation.denoising import heldout_loss
+from maskdm.masking import draw
+from maskdm.pictures import grid, hide, side_by_side
+from maskdm.report import write_report
+from maskdm.runs.directory import RunDirectory
+from maskdm.runs.display import TrainingBar
+from maskdm.runs.sample import draw_images
+from maskdm.runs.plan import stage_records
+from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
+
+HELDOUT_IMAGES = 256
+"""Images of the held-out loss during training: enough to rank, few enough to cost little."""
+
+GRID_ROWS, GRID_COLUMNS = 10, 5
+
+
+class Diverged(Exception):
+    """The loss or the gradient is no longer a number. Exit code 1."""
+
+
+class Observer:
+    """Follows a trainer, step by step."""
+
+    def __init__(self, run: RunDirectory, config: Config, trainer: Trainer, dataset: Dataset, heldout: NDArray[np.int64]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
+        self.heldout = heldout
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=trainer.progress.step)
+        self._losses = torch.zeros((), device=trainer.device)
+        self._count = 0
+        self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
+
+    # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
+
+    def meter(self) -> dict[str, float]:
+        """Sum and number of the losses since the last line of metrics."""
+        return {"losses": float(self._losses), "count": self._count}
+
+    def restore(self, meter: Mapping[str, float]) -> None:
+        """Continue with a saved meter."""
+        self._losses.fill_(meter["losses"])
+        self._count = int(meter["count"])
+
+    # --- each step ---
+
+    def after(self, step: Step, bar: TrainingBar) -> None:
+        """Do whatever is due after a step."""
+        every = self.config.intervals
+        if step.stage_step == 1:
+            self.run.log("stage", step.number - 1, stage=step.stage.name, state="start")
+            self._speed = (0, self.trainer.progress.seconds - self._stage_seconds())
+        self._losses += step.loss
+        self._count += 1
+        if step.number % every.log == 0 or step.ends_stage or step.stage_step == 1:
+            self._log(step, bar)
+        if (every.evaluate and step.number % every.evaluate == 0) or step.ends_stage:
+            self._evaluate(step)
+        if (every.sample and step.number % every.sample == 0) or step.ends_stage:
+            self._sample(step)
+        if step.number % every.save == 0 or step.ends_stage:
+            self.save(step)
+
+    def _stage_seconds(self) -> float:
+        return self.trainer.progress.stages[self.trainer.progress.stage].seconds
+
+    def _log(self, step: Step, bar: TrainingBar) -> None:
+        self._check_finite(step)
+        loss = float(self._losses) / self._count
+        images, seconds = step.images - self._speed[0], step.seconds - self._speed[1]
+        figures = {"loss": loss, "lr": step.lr, "grad_norm": float(step.grad_norm), "images_per_second": images / max(seconds, 1e-9)}
+        self.run.log("train", step.number, stage=step.stage.name, stage_step=step.stage_step, images=step.images, seconds=step.seconds, **figures)
+        for name, value in figures.items():
+            self.board.add_scalar(f"train/{name}", value, step.number)
+        bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures["images_per_second"], loss)
+        self._losses.zero_()
+        self._count = 0
+        self._speed = (step.images, step.seconds)
+
+    def _check_finite(self, step: Step) -> None:
+        for name, value in (("loss", float(step.loss)), ("gradient norm", float(step.grad_norm))):
+            if not math.isfinite(value) and not (self.trainer.scaler.is_enabled() and name == "gradient norm"):
+                latest = latest_checkpoint(self.run)
+                stands = f"{latest} stands" if latest else "no checkpoint was written yet"
+                raise Diverged(f"the {name} is {value} at step {step.number} (stage {step.stage.name}); {stands}; try a lower lr, a longer warmup, or fp32")
+
+    def save(self, step: Step) -> None:
+        """Write a checkpoint, unless the step went wrong."""
+        self._check_finite(step)
+        save_checkpoint(self.run, self.trainer, self.meter(), step.stage.name if step.ends_stage else None)
+        self.update_info("running", None)
+
+    def update_info(self, status: str, error: str | None) -> None:
+        """Bring run.json up to date."""
+        self.run.write_info(self.run.info() | {"status": status, "error": error, "stages": stage_records(self.config, self.trainer.progress)})
+
+    # --- held-out loss and samples, of the averaged weights ---
+
+    def _images(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.dataset.images[rows].transpose(0, 3, 1, 2))).to(self.trainer.device)
+
+    def _evaluate(self, step: Step) -> None:
+        if len(self.heldout) == 0:
+            return
+        rows = self.heldout[np.linspace(0, len(self.heldout) - 1, min(HELDOUT_IMAGES, len(self.heldout))).astype(np.int64)]
+        labels = None
+        if self.config.data.conditional and self.dataset.labels is not None:
+            labels = torch.from_numpy(self.dataset.labels[rows]).to(self.trainer.device)
+            labels = torch.where(labels < 0, len(self.classes), labels)
+        with autocast(self.trainer.device, self.trainer.precision):
+            found = heldout_loss(self.trainer.average.model, self.config.diffusion, self._images(rows), labels)
+        levels = [{"t": t, "loss": loss} for t, loss in found.levels]
+        self.run.log("heldout", step.number, stage=step.stage.name, seconds=step.seconds, loss=found.loss, levels=levels, images=len(rows))
+        self.board.add_scalar("heldout/loss", found.loss, step.number)
+        for t, loss in found.levels:
+            self.board.add_scalar(f"heldout/t={t:.0f}", loss, step.number)
+
+    def _sample(self, step: Step) -> None:
+        num = self.config.sampling.num
+        drawn = self._draw(num, [i * len(self.classes) // num for i in range(num)] if self.classes else None)
+        picture = grid(drawn, columns=max(1, round(num**0.5)))
+        file = self.run.samples / f"step-{step.number:08}.png"
+        picture.save(file)
+        self.run.log("sample", step.number, stage=step.stage.name, file=f"samples/{file.name}")
+        self.board.add_image("samples", np.asarray(picture), step.number, dataformats="HWC")
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes learned; empty when unconditional."""
+        return list(self.dataset.class_names) if self.config.data.conditional else []
+
+    def _draw(self, num: int, labels: list[int] | None) -> NDArray[np.uint8]:
+        pipeline = make_pipeline(self.trainer.average.model, self.config, self.classes)
+        with autocast(self.trainer.device, self.trainer.precision):
+            return draw_images(pipeline, self.config.sampling, range(num), labels, self.config.seed)
+
+    # --- the end ---
+
+    def finish(self) -> None:
+        """Leave the model folder, pictures and the report."""
+        save_pipeline(make_pipeline(self.trainer.average.model, self.config, self.classes), self.run.model)
+        self._final_samples().save(self.run.path / "samples.png")
+        masks = self._mask_picture()
+        if masks is not None:
+            masks.save(self.run.path / "masks.png")
+        self.board.close()
+        self.update_info("finished", None)
+        write_report(self.run.path)
+
+    def _final_samples(self) -> Image.Image:
+        """Samples beside real images: a row per class (ten at most), or a plain grid."""
+        rows = min(GRID_ROWS, len(self.classes)) if self.classes else GRID_COLUMNS
+        labels = [row for row in range(rows) for _ in range(GRID_COLUMNS)] if self.classes else None
+        drawn = self._draw(rows * GRID_COLUMNS, labels)
+        real = self.dataset.images[self._real_rows(labels, rows * GRID_COLUMNS)].transpose(0, 3, 1, 2)
+        return side_by_side(drawn, real, GRID_COLUMNS, ("generated", "real"), self.classes[:rows])
+
+    def _real_rows(self, labels: list[int] | None, num: int) -> NDArray[np.int64]:
+        if labels is None or self.dataset.labels is None:
+            return np.linspace(0, len(self.dataset.images) - 1, num).astype(np.int64)
+        of_class = {label: np.flatnonzero(self.dataset.labels == label) for label in set(labels)}
+        return np.array([of_class[label][i % GRID_COLUMNS % len(of_class[label])] for i, label in enumerate(labels)])
+
+    def _mask_picture(self) -> Image.Image | None:
+        """What the first masked stage sees of six images."""
+        stage = next((s for s in self.config.stages if draw(s.mask, 1, self.config.grid, torch.Generator()) is not None), None)
+        if stage is None:
+            return None
+        generator = torch.Generator().manual_seed(derive("mask picture", self.config.seed))
+        images = self.dataset.images[self._real_rows(None, 6)].transpose(0, 3, 1, 2)
+        kept = draw(stage.mask, len(images), self.config.grid, generator)
+        assert kept is not None
+        seen = np.stack([hide(image, indices.tolist(), self.config.model.patch) for image, indices in zip(images, kept, strict=True)])
+        return grid(np.concatenate([images, seen]), columns=len(images))
+
+
+

@@ -1,0 +1,151 @@
+"""From what a person asked for to one whole configuration; and whether a run may go on under it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from maskdm.config import Config
+from maskdm.data import Source, Summary, inspect, open_source
+from maskdm.engine import Machine, this_machine
+from maskdm.errors import UserError
+from maskdm.recipes import choose, recipe
+from maskdm.recipes.automatic import Facts
+from maskdm.runs.directory import RunDirectory
+from maskdm.settings import differences, find, merge, override, read_yaml
+
+Assignments = tuple[tuple[str, str], ...]
+"""Settings given on the command line, as (name, text)."""
+
+FIXED = ("data.", "model.", "diffusion.", "init")
+"""Settings that a run cannot change once begun, --fork or not: its data, its network, what that predicts, its origin."""
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What `maskdm train` was asked for."""
+
+    data: str
+    out: Path
+    recipe: str | None = None
+    config_file: Path | None = None
+    settings: Assignments = ()
+    dry_run: bool = False
+    fork: bool = False
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A whole configuration, why it is so, the opened data and the machine."""
+
+    config: Config
+    reasons: tuple[str, ...]
+    source: Source
+    machine: Machine
+    changed: tuple[str, ...]
+    """Settings that differ from those the run began with; not empty only with --fork."""
+
+
+def resolve(request: TrainRequest) -> Resolved:
+    """The configuration of a request: recipe, file, or automatic choice; then the settings given; then `auto` replaced.
+
+    A run that has begun keeps its settings; a request that names others is refused by name. Raises UserError.
+    """
+    run = RunDirectory(request.out)
+    run.check_free()
+    if request.recipe and request.config_file:
+        raise UserError("--recipe and --config both given; name one")
+    source = open_source(request.data)
+    if run.started:
+        _check_same_data(run, source)
+    base, reasons = _base(request, run, source)
+    config = override(base, request.settings)
+    config = replace(config, data=replace(config.data, source=request.data))
+    machine = this_machine(config.hardware)
+    hardware = replace(config.hardware, device=machine.device.type, precision=machine.precision)  # pyright: ignore[reportArgumentType]
+    config = replace(config, hardware=hardware)
+    changed = _changes(run, config, request.fork) if run.started else ()
+    return Resolved(config, reasons, source, machine, changed)
+
+
+def _base(request: TrainRequest, run: RunDirectory, source: Source) -> tuple[Config, tuple[str, ...]]:
+    if request.recipe:
+        return recipe(request.recipe, request.data), (f"recipe {request.recipe}",)
+    if run.started and request.config_file is None:
+        return run.config(), (f"the settings that {request.out} began with",)
+    config, reasons = _automatic(request, source)
+    if request.config_file is None:
+        return config, reasons
+    plain = read_yaml(request.config_file)
+    return merge(config, plain, str(request.config_file)), (f"settings from {request.config_file}; the rest chosen:", *reasons)
+
+
+def _automatic(request: TrainRequest, source: Source) -> tuple[Config, tuple[str, ...]]:
+    """Choose from the data and the machine, knowing the image size, device and origin where they are given."""
+    summary = inspect(source)
+    if summary.readable == 0:
+        raise UserError(f"no image of {request.data} can be read; `maskdm data {request.data}` lists what is wrong with each")
+    probe = choose(Facts(request.data, summary.count, 32, 32, False, 0, True, 1e9)).config
+    given = {find(probe, name).path: (name, text) for name, text in request.settings if name in _early_names(probe, request.settings)}
+    early = override(probe, [given[path] for path in ("init", "hardware.device") if path in given])
+    machine = this_machine(early.hardware)
+    init = RunDirectory.existing(Path(early.init)).config() if early.init else None
+    size = parse_size(given["data.image_size"][1]) if "data.image_size" in given else None
+    facts = facts_of(source, summary, machine)
+    choice = choose(facts, size, init)
+    return choice.config, choice.reasons
+
+
+def _early_names(probe: Config, settings: Assignments) -> set[str]:
+    """The names among `settings` that are known before the stages are chosen."""
+    known: set[str] = set()
+    for name, _ in settings:
+        try:
+            if find(probe, name).path in ("init", "hardware.device", "data.image_size"):
+                known.add(name)
+        except UserError:
+            continue
+    return known
+
+
+def facts_of(source: Source, summary: Summary, machine: Machine) -> Facts:
+    """What the automatic choice needs to know of data and machine."""
+    return Facts(
+        source=source.name,
+        count=summary.count,
+        height=summary.median_height,
+        width=summary.median_width,
+        gray=summary.gray,
+        num_classes=len(source.class_names),
+        on_cpu=machine.device.type == "cpu",
+        flops=machine.flops,
+    )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width from "64" or "64x96". Raises UserError."""
+    sides = text.lower().split("x")
+    if not all(side.isdigit() for side in sides) or len(sides) > 2:
+        raise UserError(f"--image-size is '{text}'; give a number of pixels, or height x width such as 64x96")
+    return int(sides[0]), int(sides[-1])
+
+
+def _check_same_data(run: RunDirectory, source: Source) -> None:
+    known = run.info()["data"]
+    if known["fingerprint"] != source.fingerprint():
+        raise UserError(
+            f"{run.path} was trained on {known['name']}, and {source.name} is other data or has changed since; "
+            f"give another --out, and --init {run.path} to start from its weights"
+        )
+
+
+def _changes(run: RunDirectory, config: Config, fork: bool) -> tuple[str, ...]:
+    before = run.config()
+    same_data = replace(before, data=replace(before.data, source=config.data.source))
+    changed = differences(same_data, config)
+    fixed = [change for change in changed if change.startswith(FIXED)]
+    if fixed:
+        raise UserError(f"{run.path} was begun with another {fixed[0]}, which cannot change in a run; give another --out")
+    if changed and not fork:
+        raise UserError(f"{run.path} was begun with another {changed[0]}; leave it out, give another --out, or --fork to go on so")
+    return tuple(changed)

@@ -1,0 +1,112 @@
+"""`maskdm sample`: images from a run, each a function of the seed and its number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from maskdm.config import Sampling, SchedulerName
+from maskdm.data import to_uint8
+from maskdm.errors import UserError, nearest
+from maskdm.pictures import grid, to_pil
+from maskdm.sampling import MaskDMPipeline, make_scheduler, seeded
+
+
+def draw_images(
+    pipeline: MaskDMPipeline,
+    settings: Sampling,
+    indices: range,
+    labels: Sequence[int] | None,
+    seed: int,
+    batch: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> NDArray[np.uint8]:
+    """Draw the images with these indices, uint8 [len(indices), channels, height, width].
+
+    Image i starts from noise that is a function of (seed, i), so it does not depend on the batch or on the other images.
+    """
+    drawn: list[NDArray[np.uint8]] = []
+    for start in range(0, len(indices), batch):
+        here = indices[start : start + batch]
+        output = pipeline(
+            batch_size=len(here),
+            class_labels=None if labels is None else list(labels[start : start + batch]),
+            generator=seeded(seed, here),
+            num_inference_steps=settings.steps,
+            eta=settings.eta,
+            guidance_scale=settings.guidance,
+            output_type="pt",
+            return_dict=False,
+        )
+        images: torch.Tensor = output[0]  # pyright: ignore[reportIndexIssue]
+        drawn.append(to_uint8(images.float() * 2 - 1).cpu().numpy())
+        if progress is not None:
+            progress(min(start + batch, len(indices)), len(indices))
+    return np.concatenate(drawn)
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What `maskdm sample` was asked for; None: as the run's own settings have it."""
+
+    run: Path
+    out: Path
+    num: int = 64
+    steps: int | None = None
+    scheduler: SchedulerName | None = None
+    eta: float | None = None
+    guidance: float | None = None
+    seed: int = 0
+    labels: tuple[str, ...] = ()
+    batch: int = 64
+
+
+def sample(request: SampleRequest, pipeline: MaskDMPipeline, settings: Sampling, progress: Callable[[int, int], None] | None) -> list[Path]:
+    """Write sample-000000.png and so on, and grid.png. Returns the paths, the grid last. Raises UserError."""
+    if request.num < 1 or request.batch < 1:
+        raise UserError("--num and --batch must be at least 1")
+    if request.guidance not in (None, 1.0) and pipeline.unet.num_classes == 0:
+        raise UserError("--guidance needs a model trained with classes; this one has none")
+    settings = sampling_settings(settings, request)
+    pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
+    labels = choose_labels(pipeline.config["class_names"], request.labels, request.num)
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {request.out}: {error.strerror}") from None
+    images = draw_images(pipeline, settings, range(request.num), labels, request.seed, request.batch, progress)
+    paths = [request.out / f"sample-{i:06}.png" for i in range(request.num)]
+    for image, path in zip(images, paths, strict=True):
+        to_pil(image).save(path)
+    overview = request.out / "grid.png"
+    grid(images[:400], columns=max(1, round(min(request.num, 400) ** 0.5))).save(overview)
+    return [*paths, overview]
+
+
+def sampling_settings(settings: Sampling, request: SampleRequest) -> Sampling:
+    """A run's settings with those that a request gives in their place."""
+    given = {key: getattr(request, key) for key in ("steps", "scheduler", "eta", "guidance") if getattr(request, key) is not None}
+    return replace(settings, **given)
+
+
+def choose_labels(names: Sequence[str], wanted: Sequence[str], num: int) -> list[int] | None:
+    """A label per image: those wanted (by name or number) in turn, or all classes in turn; None without classes."""
+    if not names:
+        if wanted:
+            raise UserError("--labels given, but this model was trained without classes")
+        return None
+    chosen = [_label(names, text) for text in wanted] or list(range(len(names)))
+    return [chosen[i % len(chosen)] for i in range(num)]
+
+
+def _label(names: Sequence[str], text: str) -> int:
+    if text in names:
+        return list(names).index(text)
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    raise UserError(f"--labels '{text}' is no class of this model ({', '.join(names[:12])}{', ...' if len(names) > 12 else ''}){nearest(text, list(names))}")

@@ -1,0 +1,86 @@
+"""Where things are kept: the cache of decoded images, a run's checkpoints, its model folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from maskdm.config import Config
+from maskdm.engine import Trainer, checkpoint
+from maskdm.errors import UserError
+from maskdm.models import Denoiser, build
+from maskdm.runs.directory import RunDirectory, Weights
+from maskdm.sampling import MaskDMPipeline, make_scheduler
+
+
+def cache_directory() -> Path:
+    """Where decoded images and feature networks are kept: $MASKDM_CACHE, or maskdm in the user's cache directory."""
+    given = os.environ.get("MASKDM_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskdm"
+
+
+def latest_checkpoint(run: RunDirectory) -> Path | None:
+    """A run's newest checkpoint."""
+    found = checkpoint.names(run.checkpoints)
+    return run.checkpoints / found[-1] if found else None
+
+
+def save_checkpoint(run: RunDirectory, trainer: Trainer, meter: Mapping[str, float], ends: str | None) -> Path:
+    """Write the trainer's state; the end of a stage under a name that is not rotated away."""
+    name = f"step-{trainer.progress.step:08}" + (f"-{ends}" if ends else "")
+    path = checkpoint.save(run.checkpoints, name, trainer.tensors(), {**trainer.numbers(), "meter": dict(meter)})
+    checkpoint.rotate(run.checkpoints, trainer.config.intervals.keep)
+    return path
+
+
+def num_classes(run: RunDirectory, config: Config) -> int:
+    """Classes that the run's network knows."""
+    return len(run.info()["data"]["classes"]) if config.data.conditional else 0
+
+
+def load_denoiser(path: Path, weights: Weights) -> tuple[Denoiser, dict[str, Tensor], str]:
+    """A run's network, its weights (as trained or averaged) from its latest checkpoint, and where they came from.
+
+    Raises UserError where there is no run, no checkpoint, or a damaged one.
+    """
+    run = RunDirectory.existing(path)
+    config = run.config()
+    model = build(config.model, config.data, num_classes(run, config))
+    latest = latest_checkpoint(run)
+    if latest is None:
+        raise UserError(f"{path} has no checkpoint yet; train it first")
+    saved = checkpoint.load(latest)
+    return model, saved.tensors["average" if weights == "ema" else "model"], f"{latest} ({'averaged' if weights == 'ema' else 'as trained'})"
+
+
+def make_pipeline(model: Denoiser, config: Config, class_names: list[str]) -> MaskDMPipeline:
+    """A pipeline with the run's scheduler around a network."""
+    scheduler = make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)
+    pipeline = MaskDMPipeline(model, scheduler, config.diffusion.target, config.diffusion.schedule, class_names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
+    """Write the model folder under another name, then put it in place."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def load_pipeline(path: Path) -> tuple[MaskDMPipeline, str]:
+    """The pipeline of a run (its averaged weights, from the model folder or else the latest checkpoint), and whence."""
+    run = RunDirectory.existing(path)
+    config = run.config()
+    model, weights, origin = load_denoiser(path, "ema")
+    model.load_state_dict(weights)
+    names: list[str] = run.info()["data"]["classes"]
+    return make_pipeline(model.eval(), config, names), origin

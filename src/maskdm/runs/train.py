@@ -1,0 +1,211 @@
+"""`maskdm train`: prepare the data, run the stages, keep the record, leave a model, samples and a report."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import maskdm
+from maskdm.config import Config
+from maskdm.data import Dataset, Loader, prepare
+from maskdm.draws import derive
+from maskdm.engine import Trainer, Transfer, checkpoint, environment, transfer
+from maskdm.models import Denoiser, build
+from maskdm.report import write_report
+from maskdm.runs.directory import RunDirectory
+from maskdm.runs.display import Display
+from maskdm.runs.observe import Observer
+from maskdm.runs.plan import plan_lines, stage_records
+from maskdm.runs.resolve import Resolved, TrainRequest, resolve
+from maskdm.runs.store import cache_directory, latest_checkpoint, load_denoiser
+from maskdm.settings import to_yaml
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved. Exit code 130."""
+
+
+def train(request: TrainRequest, command: str, display: Display) -> str:
+    """Train, or resume, or say that there is nothing to do; returns what to print. Raises UserError, Diverged, Interrupted."""
+    resolved = resolve(request)
+    run, config = RunDirectory(request.out), resolved.config
+    display.heading(f"maskdm {maskdm.__version__}: {request.data} -> {request.out}")
+    for line in (*resolved.reasons, *plan_lines(config, resolved.machine)):
+        display.note(f"  {line}")
+    if request.dry_run:
+        return to_yaml(config)
+    if run.started and run.info()["status"] == "finished" and not resolved.changed:
+        return f"{run.path} is finished already; nothing to do\n{_results(run)}"
+    _set_up_torch(config, resolved)
+    dataset = _prepare(resolved, display)
+    model = build(config.model, config.data, len(dataset.class_names) if config.data.conditional else 0)
+    report = _initialize(config, model, display) if not run.started else []
+    training, heldout = dataset.split(config.data.heldout, config.seed)
+    trainer = Trainer(config, Loader(dataset, training, config.seed), model, resolved.machine.device, resolved.machine.precision)
+    _begin(run, resolved, dataset, trainer, command, report)
+    observer = Observer(run, config, trainer, dataset, heldout)
+    _restore(run, trainer, observer, resolved, display)
+    _run(run, trainer, observer, display)
+    observer.finish()
+    return f"trained in {trainer.progress.seconds:.0f} s\n{_results(run)}"
+
+
+def _results(run: RunDirectory) -> str:
+    return "\n".join(
+        [
+            f"  samples  {run.path / 'samples.png'}",
+            f"  model    {run.model}",
+            f"  report   {run.path / 'report.html'}",
+            f"  more     maskdm sample {run.path} --out DIR; maskdm evaluate {run.path}",
+        ]
+    )
+
+
+def _set_up_torch(config: Config, resolved: Resolved) -> None:
+    torch.set_num_threads(config.hardware.threads or resolved.machine.cores)
+    torch.set_float32_matmul_precision("high" if resolved.machine.device.type == "cuda" else "highest")
+    torch.manual_seed(derive("weights", config.seed))
+
+
+def _prepare(resolved: Resolved, display: Display) -> Dataset:
+    started = time.perf_counter()
+    with display.counting("decoding images") as progress:
+        dataset = prepare(resolved.source, resolved.config.data, cache_directory(), progress)
+    display.note(f"  {len(dataset.images)} images ready in {time.perf_counter() - started:.1f} s (cache: {dataset.path})")
+    for note in dataset.notes:
+        display.note(f"  {note}")
+    if dataset.broken:
+        display.note(f"  {len(dataset.broken)} broken files skipped:")
+        for name, reason in dataset.broken[:20]:
+            display.note(f"    {name}: {reason}")
+        if len(dataset.broken) > 20:
+            display.note(f"    ... and {len(dataset.broken) - 20} more; `maskdm data {resolved.config.data.source}` lists them all")
+    return dataset
+
+
+def _initialize(config: Config, model: Denoiser, display: Display) -> list[Transfer]:
+    """Start from another run's weights, where `init` names one, and say what became of each tensor."""
+    if config.init is None:
+        return []
+    source, weights, origin = load_denoiser(Path(config.init), config.stages[0].start_from)
+    report = transfer(source, weights, model)
+    display.heading(f"weights from {origin}")
+    for fate in ("loaded", "resized", "re-initialised", "unused"):
+        of_fate = [each for each in report if each.fate == fate]
+        if fate == "loaded":
+            display.note(f"  loaded: {len(of_fate)} of {len(report)} tensors")
+        else:
+            for each in of_fate:
+                display.note(f"  {fate}: {each.name} ({each.reason})")
+    return report
+
+
+def _begin(run: RunDirectory, resolved: Resolved, dataset: Dataset, trainer: Trainer, command: str, report: list[Transfer]) -> None:
+    """Write the configuration and run.json of a new run; update those of one that goes on."""
+    config = resolved.config
+    run.create()
+    info: dict[str, Any] = run.info() if run.started else {"created": datetime.now().astimezone().isoformat(timespec="seconds"), "command": command}
+    info |= {
+        "version": maskdm.__version__,
+        "status": "running",
+        "error": None,
+        "seed": config.seed,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "model": f"{config.model.kind} {config.model.width} x {config.model.depth}, {config.model.heads} heads, patch {config.model.patch}",
+        "data": _describe(resolved, dataset),
+        "environment": environment(resolved.machine, torch.get_num_threads()),
+        "tokens": config.grid[0] * config.grid[1],
+        "choices": info.get("choices", list(resolved.reasons)),
+        "stages": stage_records(config, trainer.progress),
+    }
+    if report:
+        info["init"] = [{"name": each.name, "fate": each.fate, "reason": each.reason} for each in report]
+    if resolved.changed:
+        run.config_file.replace(run.path / f"config-before-{datetime.now():%Y%m%d-%H%M%S}.yaml")
+    run.write_info(info)
+    run.write_config(config)
+
+
+def _describe(resolved: Resolved, dataset: Dataset) -> dict[str, Any]:
+    training, heldout = dataset.split(resolved.config.data.heldout, resolved.config.seed)
+    count, height, width, channels = dataset.images.shape
+    return {
+        "name": resolved.config.data.source,
+        "fingerprint": dataset.fingerprint,
+        "content_hash": dataset.content_hash,
+        "count": count,
+        "train": len(training),
+        "heldout": len(heldout),
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "classes": list(dataset.class_names) if resolved.config.data.conditional else [],
+        "broken": [list(each) for each in dataset.broken[:200]],
+        "notes": list(dataset.notes),
+    }
+
+
+def _restore(run: RunDirectory, trainer: Trainer, observer: Observer, resolved: Resolved, display: Display) -> None:
+    """Continue from the latest checkpoint, if there is one."""
+    path = latest_checkpoint(run)
+    if path is None:
+        run.forget_after(-1)
+        return
+    saved = checkpoint.load(path)
+    trainer.restore(saved.tensors, saved.numbers)
+    observer.restore(saved.numbers["meter"])
+    step = trainer.progress.step
+    run.forget_after(step)
+    run.log("resume", step)
+    if resolved.changed:
+        run.log("fork", step, changed=list(resolved.changed))
+    display.note(f"resuming from {path} (step {step})")
+
+
+def _run(run: RunDirectory, trainer: Trainer, observer: Observer, display: Display) -> None:
+    config = trainer.config
+    try:
+        with _stop_requests() as stop, display.training() as bar:
+            for step in trainer.run():
+                observer.after(step, bar)
+                if stop:
+                    observer.save(step)
+                    raise Interrupted(f"stopped by {stop[0]} at step {step.number} and saved; the same command resumes")
+    except (Interrupted, KeyboardInterrupt):
+        observer.update_info("stopped", None)
+        raise
+    except Exception as error:
+        observer.update_info("failed", str(error))
+        write_report(run.path)
+        raise
+    assert trainer.progress.stage == len(config.stages)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[str]]:
+    """Names of the signals that asked the run to stop: looked at between steps, when the state is whole.
+
+    A second Ctrl-C stops at once.
+    """
+    asked: list[str] = []
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+

@@ -1,0 +1,15 @@
+"""Shapes and types are executed: every annotated function of maskdm is checked by jaxtyping and beartype in the tests."""
+
+from __future__ import annotations
+
+from jaxtyping import install_import_hook
+
+hook = install_import_hook("maskdm", "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other

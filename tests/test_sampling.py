@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from maskdm.config import SCHEDULERS
+from maskdm.diffusion import Schedule, Target, alpha_sigma, convert
+from maskdm.errors import UserError
+from maskdm.models import Denoiser, DenoiserOutput, UViT
+from maskdm.sampling import MaskDMPipeline, make_scheduler, offered, seeded
+
+MEAN = torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64)
+ROOT = torch.tensor([[0.4, 0, 0, 0], [0.2, 0.3, 0, 0], [0, 0.1, 0.5, 0], [0.1, 0, 0.2, 0.2]], dtype=torch.float64)
+COVARIANCE = ROOT @ ROOT.T
+
+
+class GaussianDenoiser(Denoiser):
+    """The exact denoiser of Gaussian data in four pixels: E[x0 | x_t] in closed form."""
+
+    @register_to_config
+    def __init__(self, schedule: str, target: str, sample_size: int = 2, in_channels: int = 1) -> None:
+        super().__init__()
+        self._set_geometry(sample_size, 1, 0)
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, sample: Tensor, timestep: Any, class_labels: Any = None, kept: Any = None, return_dict: bool = True) -> Any:
+        x = sample.flatten(1).double()
+        t = torch.as_tensor(timestep).double().expand(len(x))
+        alpha, sigma = alpha_sigma(self.config["schedule"], t[:1])
+        gain = alpha * COVARIANCE @ torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * torch.eye(4, dtype=torch.float64))
+        x0 = MEAN + (x - alpha * MEAN) @ gain.T
+        output = getattr(convert(self.config["schedule"], "x0", x0, x, t), self.config["target"])
+        return DenoiserOutput(sample=output.view_as(sample).to(sample.dtype))
+
+
+CASES = [
+    (schedule, target, name)
+    for schedule, target in [*product(["linear"], ["eps", "x0", "v"]), ("cosine", "v"), ("vp", "v"), ("flow", "v"), ("flow", "x0")]
+    for name in offered(schedule)  # pyright: ignore[reportArgumentType]
+]
+
+
+@pytest.mark.parametrize(("schedule", "target", "name"), CASES)
+def test_exact_denoiser_gives_the_mean_and_covariance_of_the_data(schedule: Schedule, target: Target, name: Any) -> None:
+    pipeline = MaskDMPipeline(GaussianDenoiser(schedule, target), make_scheduler(name, schedule, target), target, schedule)
+    pipeline.set_progress_bar_config(disable=True)
+    last: list[Tensor] = []
+    steps = 500 if name in ("ddpm", "euler-a") else 80  # the covariance of these two is right to order 1 / steps
+    pipeline(4096, None, torch.Generator().manual_seed(0), steps, clip=False, output_type="pt", on_step=lambda _, x: last.append(x))
+    x = last[-1].flatten(1).double()
+    assert (x.mean(0) - MEAN).abs().max() < 0.03
+    assert (x.T.cov() - COVARIANCE).abs().max() < 0.03
+
+
+def test_every_scheduler_offered_is_one_of_the_settings() -> None:
+    assert offered("linear") == SCHEDULERS
+    with pytest.raises(UserError, match="scheduler pndm does not fit the rectified flow"):
+        make_scheduler("pndm", "flow", "v")
+
+
+def small(classes: int = 3, target: Target = "v") -> MaskDMPipeline:
+    torch.manual_seed(0)
+    model = UViT(8, 1, 2, width=32, depth=3, heads=2, num_classes=classes)
+    pipeline = MaskDMPipeline(model.eval(), make_scheduler("ddim", "cosine", target), target, "cosine", [str(i) for i in range(classes)])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++", "dpm++sde", "euler-a", "sa"])
+def test_an_image_does_not_depend_on_its_batch(name: Any) -> None:
+    pipeline = small()
+    pipeline.scheduler = make_scheduler(name, "cosine", "v")
+
+    def draw(indices: range) -> Tensor:
+        output: Any = pipeline(len(indices), [i % 3 for i in indices], seeded(5, indices), 10, eta=1.0, output_type="pt")
+        return output.images
+
+    together, apart = draw(range(5)), torch.cat([draw(range(0, 2)), draw(range(2, 5))])
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=0)
+    assert (draw(range(1)) - draw(range(1, 2))).abs().max() > 0.05
+
+
+def test_guidance_extrapolates_from_the_null_class() -> None:
+    pipeline = small()
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 2])
+    conditional, null = pipeline.unet(x, t, labels).sample, pipeline.unet(x, t, None).sample
+    torch.testing.assert_close(pipeline._predict(x, t, labels, 3.0), null + 3.0 * (conditional - null), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pipeline._predict(x, t, labels, 1.0), conditional)
+
+
+def test_clipping_keeps_the_image_in_range_and_the_noise_consistent() -> None:
+    pipeline = small(target="eps")
+    x, t = 3 * torch.randn(2, 1, 8, 8), torch.tensor(600)
+    output = 10 * torch.randn_like(x)
+    clipped = pipeline._for_scheduler(output, x, t, clip=True)
+    image = convert("cosine", "eps", clipped, x, t.float().expand(2)).x0
+    assert image.abs().max() <= 1 + 1e-4
+    assert torch.equal(pipeline._for_scheduler(output, x, t, clip=False), output)
+
+
+def test_labels_are_checked() -> None:
+    with pytest.raises(UserError, match="knows no classes"):
+        small(0)(1, [0])
+    for bad in ([0], [0, 4], [0, -1]):
+        with pytest.raises(UserError, match="one label per image"):
+            small()(2, bad)
+
+
+def test_saved_pipelines_open_again_and_unconditional_ones_in_the_stock_pipeline(tmp_path: Any) -> None:
+    pipeline = small(0)
+    pipeline.save_pretrained(tmp_path)
+    again = MaskDMPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    first: Any = pipeline(2, generator=seeded(0, range(2)), num_inference_steps=5, output_type="pt")
+    second: Any = again(2, generator=seeded(0, range(2)), num_inference_steps=5, output_type="pt")
+    assert torch.equal(first.images, second.images)
+    assert (again.config["target"], again.config["schedule"]) == ("v", "cosine")
+    again.scheduler = diffusers.UniPCMultistepScheduler.from_config(again.scheduler.config)
+    third: Any = again(2, generator=seeded(0, range(2)), num_inference_steps=5, output_type="pil")
+    assert third.images[0].size == (8, 8)
+    stock = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    images: Any = stock(2, generator=torch.Generator().manual_seed(0), num_inference_steps=5, output_type="np")
+    # the stock pipeline draws the same noise and takes the same steps: only the consistent clipping is ours
+    ours: Any = pipeline(2, generator=torch.Generator().manual_seed(0), num_inference_steps=5, output_type="np")
+    assert images.images.shape == (2, 8, 8, 1)
+    assert abs(images.images - ours.images).mean() < 0.2
