@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from jaxtyping import install_import_hook
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
 
 hook = install_import_hook("maskdm", "beartype.beartype")
 

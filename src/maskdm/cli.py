@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -189,6 +190,9 @@ def _perform(verb: Train | DataVerb | Sample | Evaluate | Report, settings: list
     import logging
     import warnings
 
+    # Threads that wait by spinning make a step forty times slower when another process wants the same cores, and sleeping
+    # costs little when none does (docs/experiments.md). Read by the OpenMP runtime when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", module=r"diffusers|torch\.utils\.tensorboard|multiprocessing")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     from maskdm import runs

@@ -18,6 +18,9 @@ REDUCING_GAP = 3.0
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "MPO", "PPM", "AVIF", "JPEG2000", "QOI", "TGA")
 """Formats taken, the common ones first. Others, PostScript above all, would have Pillow start programs on strangers' files."""
 
+ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1"}
+"""What Pillow calls the places where an orientation may stand."""
+
 ANIMATED = "animated: first frame taken"
 TRANSPARENT = "transparent: laid on the background colour"
 ENLARGED = "smaller than the target: enlarged"
@@ -121,6 +124,8 @@ def _draft(image: Image.Image, target: Size, fit: str) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if image.format != "TIFF" and not ORIENTED & image.info.keys():  # spares small files a seventh of their time
+        return image
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF data, of which only the orientation is lost
@@ -163,7 +168,7 @@ def _fit(image: Image.Image, settings: Data, background: RGB) -> Image.Image:
         return image
     match settings.fit:
         case "stretch":
-            return _resize(image, width, height, (0, 0, image.width, image.height))
+            return _resize(image, width, height)
         case "crop":
             scale = min(image.width / width, image.height / height)
             left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
@@ -173,9 +178,9 @@ def _fit(image: Image.Image, settings: Data, background: RGB) -> Image.Image:
             inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
             whole = Image.new("RGB", (width, height), background).convert(image.mode)
             corner = ((width - inner[0]) // 2, (height - inner[1]) // 2)
-            whole.paste(_resize(image, *inner, (0, 0, image.width, image.height)), corner)
+            whole.paste(_resize(image, *inner), corner)
             return whole
 
 
-def _resize(image: Image.Image, width: int, height: int, box: tuple[float, float, float, float]) -> Image.Image:
+def _resize(image: Image.Image, width: int, height: int, box: tuple[float, float, float, float] | None = None) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=REDUCING_GAP)

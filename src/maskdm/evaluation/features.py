@@ -103,7 +103,7 @@ def take(images: Images, rows: slice | NDArray[np.int64]) -> UInt8[Tensor, "_ _ 
 
 def label_tensor(labels: Labels) -> Int[Tensor, " _"]:
     """Labels as an int64 tensor."""
-    return torch.as_tensor(np.array(labels, dtype=np.int64))
+    return labels.long() if isinstance(labels, Tensor) else torch.from_numpy(labels.astype(np.int64))
 
 
 def name_and_hash(encoder: Encoder) -> tuple[str, str]:

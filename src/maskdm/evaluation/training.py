@@ -14,7 +14,17 @@ from torch import Tensor
 
 from maskdm.errors import UserError
 from maskdm.evaluation.encoder import DIMENSIONS, Encoder
-from maskdm.evaluation.features import RECIPE, FeatureNetwork, Images, Labels, Training, label_tensor, load_self, name_and_hash, take
+from maskdm.evaluation.features import (
+    RECIPE,
+    FeatureNetwork,
+    Images,
+    Labels,
+    Training,
+    label_tensor,
+    load_self,
+    name_and_hash,
+    take,
+)
 
 BATCH = 128
 LEAST = 16
@@ -33,7 +43,7 @@ def cached_self(
     heldout_images: Images,
     heldout_labels: Labels | None,
     seed: int,
-    max_seconds: float = 60,
+    max_seconds: float = 60.0,
 ) -> FeatureNetwork:
     """`train_self`, or what it gave before for the same `key` (a hash of all images and labels) and seed.
 
@@ -56,7 +66,7 @@ def train_self(
     heldout_images: Images,
     heldout_labels: Labels | None,
     seed: int,
-    max_seconds: float = 60,
+    max_seconds: float = 60.0,
     steps: int | None = None,
 ) -> FeatureNetwork:
     """A 64-d encoder of these images: supervised with at least two classes, else self-supervised.
@@ -74,7 +84,8 @@ def train_self(
     started = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Encoder(*(int(size) for size in images.shape[1:]), classes)
+        channels, height, width = images.shape[1:]
+        encoder = Encoder(channels, height, width, classes)
         _normalise(encoder, images)
         done, cut_short = _fit(encoder, images, targets, seed, steps or _num_steps(encoder, len(images)), max_seconds)
         _calibrate(encoder, images)
@@ -95,7 +106,7 @@ def accuracy_of(network: FeatureNetwork, images: Images, labels: Labels | None) 
 
 def _num_steps(encoder: Encoder, num_images: int) -> int:
     """At most 50 passes over few images, for more would only be learnt by heart."""
-    most = 400 if max(encoder.size) <= 12 else 700
+    most = 400 if max(encoder.size) <= 12 else 800
     return min(most, max(100, 50 * num_images // BATCH))
 
 
@@ -176,11 +187,11 @@ def augment(prepared: Float[Tensor, "n c h w"], generator: torch.Generator) -> F
 
     def moved(size: int) -> Tensor:
         reach = max(1, size // 8)
-        return (torch.arange(size) + uniform(-reach, reach).round().long()).clamp(0, size - 1)
+        return (torch.arange(size) + uniform(-float(reach), float(reach)).round().long()).clamp(0, size - 1)
 
     def covered(size: int) -> Tensor:
         side = max(1, size // 4)
-        start = uniform(0, size - side + 1).floor()
+        start = uniform(0.0, float(size - side + 1)).floor()
         return (torch.arange(size) >= start) & (torch.arange(size) < start + side)
 
     everyone = torch.arange(count)[:, None, None]

@@ -53,12 +53,19 @@ def evaluate_run(request: SampleRequest, data: str | None, display: Display) -> 
         "data": info["data"]["name"],
         "data_hash": dataset.content_hash,
     }
-    found, nearest = evaluate_samples(
-        network, samples, labels, _images(dataset, training), _labels(dataset, training), _images(dataset, heldout), _labels(dataset, heldout), provenance
+    found = evaluate_samples(
+        network,
+        samples,
+        None if labels is None else np.array(labels),
+        _images(dataset, training),
+        _labels(dataset, training),
+        _images(dataset, heldout),
+        _labels(dataset, heldout),
+        provenance,
     )
-    metrics = found | {"train_seconds": sum(stage["seconds"] for stage in info["stages"]), "stages": info["stages"]}
+    metrics: dict[str, Any] = {**found.measures, "train_seconds": sum(stage["seconds"] for stage in info["stages"]), "stages": info["stages"]}
     write_text(run.metrics_file, json.dumps(metrics, indent=1))
-    pairs = np.concatenate([samples[:NEIGHBOURS], _images(dataset, training[nearest[:NEIGHBOURS]])])
+    pairs = np.concatenate([samples[:NEIGHBOURS], _images(dataset, training[found.nearest_indices[:NEIGHBOURS].numpy()])])
     grid(pairs, columns=min(NEIGHBOURS, len(samples))).save(run.path / "neighbours.png")
     write_report(run.path)
     return _summary(metrics, run)

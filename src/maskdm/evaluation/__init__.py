@@ -1,0 +1,35 @@
+"""How good samples are: a feature network of the real images alone, and distances in its features."""
+
+from __future__ import annotations
+
+from maskdm.evaluation.distances import (
+    KernelDistance,
+    PrecisionRecall,
+    Statistics,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
+from maskdm.evaluation.evaluate import Evaluation, evaluate_samples
+from maskdm.evaluation.features import FeatureNetwork, Images, Labels, load_self
+from maskdm.evaluation.neighbours import Neighbours, nearest
+from maskdm.evaluation.training import cached_self, train_self
+
+__all__ = [
+    "Evaluation",
+    "FeatureNetwork",
+    "Images",
+    "KernelDistance",
+    "Labels",
+    "Neighbours",
+    "PrecisionRecall",
+    "Statistics",
+    "cached_self",
+    "evaluate_samples",
+    "frechet_distance",
+    "kernel_distance",
+    "load_self",
+    "nearest",
+    "precision_recall",
+    "train_self",
+]
