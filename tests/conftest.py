@@ -6,7 +6,7 @@ import os
 
 from jaxtyping import install_import_hook
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
 
 hook = install_import_hook("maskdm", "beartype.beartype")
 

@@ -41,7 +41,12 @@ def finished(tmp_path: Path) -> Path:
 
 
 def test_help_is_there_and_imports_nothing_heavy() -> None:
-    code = "import sys, maskdm.cli\nfor verb in ([], ['train']): maskdm.cli.run_command([*verb, '--help'])\nprint({'torch', 'numpy', 'diffusers', 'PIL'} & set(sys.modules))"
+    code = """
+import sys, maskdm.cli
+for verb in ([], ["train"]):
+    maskdm.cli.run_command([*verb, "--help"])
+print({"torch", "numpy", "diffusers", "PIL"} & set(sys.modules))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
     for text in ("train", "sample", "evaluate", "report", "--stages.pretrain.mask.ratio", "share of the patches hidden", "--dry-run"):
@@ -59,7 +64,9 @@ def test_completion() -> None:
 
 
 def test_settings_are_told_from_options() -> None:
-    line = split_settings(["train", "--image-size", "32", "here", "--out=x", "--compile", "--no-stratified", "--clip=none", "--fork", "--recipe", "digits"])
+    line = split_settings(
+        ["train", "--image-size", "32", "here", "--out=x", "--compile", "--no-stratified", "--clip=none", "--fork", "--recipe", "digits"]
+    )
     assert line.rest == ["train", "here", "--out=x", "--fork", "--recipe", "digits"]
     assert line.settings == [("image-size", "32"), ("compile", "true"), ("stratified", "false"), ("clip", "none")]
 
@@ -109,11 +116,27 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_run_leaves_what_it_promises(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {p.name for p in finished.iterdir()} >= {"config.yaml", "run.json", "metrics.jsonl", "samples.png", "masks.png", "report.html", "model"}
+    assert {p.name for p in finished.iterdir()} >= {
+        "config.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "samples.png",
+        "masks.png",
+        "report.html",
+        "model",
+    }
     info = json.loads((finished / "run.json").read_text())
     assert info["status"] == "finished"
-    assert [(s["name"], s["hidden"], s["steps"], s["images"]) for s in info["stages"]] == [("pretrain", 0.5, 6, 48), ("finetune", 0.0, 4, 32)]
-    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step-00000004", "step-00000006-pretrain", "step-00000008", "step-00000010-finetune"}
+    assert [(s["name"], s["hidden"], s["steps"], s["images"]) for s in info["stages"]] == [
+        ("pretrain", 0.5, 6, 48),
+        ("finetune", 0.0, 4, 32),
+    ]
+    assert {p.name for p in (finished / "checkpoints").iterdir()} == {
+        "step-00000004",
+        "step-00000006-pretrain",
+        "step-00000008",
+        "step-00000010-finetune",
+    }
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert {line["event"] for line in lines} == {"stage", "train", "heldout", "sample"}
     pipeline = MaskDMPipeline.from_pretrained(finished / "model")
@@ -130,7 +153,9 @@ def test_changed_settings_are_refused_by_name_unless_forked(finished: Path, caps
     assert "stages.finetune.budget.steps: 4 -> 7" in capsys.readouterr().err
     assert run_command([*again, "--finetune.budget.steps", "7", "--fork"]) == 0
     assert json.loads((finished / "run.json").read_text())["stages"][1]["steps"] == 7
-    assert [json.loads(x)["changed"] for x in (finished / "metrics.jsonl").read_text().splitlines() if '"fork"' in x] == [["stages.finetune.budget.steps: 4 -> 7"]]
+    assert [json.loads(x)["changed"] for x in (finished / "metrics.jsonl").read_text().splitlines() if '"fork"' in x] == [
+        ["stages.finetune.budget.steps: 4 -> 7"]
+    ]
     assert len(list(finished.glob("config-before-*.yaml"))) == 1
     assert run_command([*again, "--model.width", "32", "--fork"]) == 2
     assert "model.width: 16 -> 32, which cannot change in a run" in capsys.readouterr().err
@@ -142,7 +167,10 @@ def test_other_data_and_damage_are_refused_by_name(finished: Path, tmp_path: Pat
     assert "was trained on digits" in capsys.readouterr().err
     damaged = finished / "checkpoints" / "step-00000010-finetune" / "average.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
-    for arguments in (["sample", str(finished), "--out", str(tmp_path / "s")], ["train", "digits", "--out", str(finished), "--finetune.budget.steps", "9", "--fork"]):
+    for arguments in (
+        ["sample", str(finished), "--out", str(tmp_path / "s")],
+        ["train", "digits", "--out", str(finished), "--finetune.budget.steps", "9", "--fork"],
+    ):
         assert run_command(arguments) == 2
         assert "average.safetensors is damaged" in capsys.readouterr().err
 
@@ -162,12 +190,39 @@ def test_init_prints_the_weight_report(finished: Path, tmp_path: Path, capsys: p
     arrays = tmp_path / "few.npz"
     random = np.random.default_rng(0)
     np.savez(arrays, x=random.integers(0, 255, (30, 16, 16, 3), dtype=np.uint8), y=np.arange(30) % 3)
-    code = run_command(["train", str(arrays), "--out", str(tmp_path / "tuned"), "--init", str(finished), "--finetune.budget.steps", "2", "--finetune.batch", "4", "--warmup", "0", "--num", "4", "--sampling.steps", "2"])
+    code = run_command(
+        [
+            "train",
+            str(arrays),
+            "--out",
+            str(tmp_path / "tuned"),
+            "--init",
+            str(finished),
+            "--finetune.budget.steps",
+            "2",
+            "--finetune.batch",
+            "4",
+            "--warmup",
+            "0",
+            "--num",
+            "4",
+            "--sampling.steps",
+            "2",
+        ]
+    )
     said = capsys.readouterr().err
     assert code == 0, said
-    for line in ("resized: positions.weight (4 x 4 -> 8 x 8 patches)", "re-initialised: class_embedding.weight (10 -> 3 classes)", "re-initialised: patch_embedding.weight (1 -> 3 channels)"):
+    for line in (
+        "resized: positions.weight (4 x 4 -> 8 x 8 patches)",
+        "re-initialised: class_embedding.weight (10 -> 3 classes)",
+        "re-initialised: patch_embedding.weight (1 -> 3 channels)",
+    ):
         assert line in said
-    assert {each["fate"] for each in json.loads((tmp_path / "tuned" / "run.json").read_text())["init"]} == {"loaded", "resized", "re-initialised"}
+    assert {each["fate"] for each in json.loads((tmp_path / "tuned" / "run.json").read_text())["init"]} == {
+        "loaded",
+        "resized",
+        "re-initialised",
+    }
 
 
 def test_dry_run_prints_the_configuration_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +277,9 @@ def test_killed_and_restarted_equals_undisturbed(tmp_path: Path) -> None:
     assert process.wait() in (130, 0)  # 0 where it was through before the signal came
     assert run_command([*arguments, "--out", str(killed)]) == 0
     for file in ("model", "average", "optimizer"):
-        expected, got = (load_file(run / "checkpoints" / "step-00000100-finetune" / f"{file}.safetensors") for run in (tmp_path / "whole", killed))
+        expected, got = (
+            load_file(run / "checkpoints" / "step-00000100-finetune" / f"{file}.safetensors") for run in (tmp_path / "whole", killed)
+        )
         assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
 
     def losses(run: Path) -> list[tuple[int, float]]:

@@ -77,9 +77,7 @@ def test_second_call_decodes_nothing(folder: Path, cache: Path, monkeypatch: pyt
     assert ready(folder, cache, conditional=True).path == first.path
 
 
-@pytest.mark.parametrize(
-    "change", [{"size": (8, 12)}, {"fit": "pad"}, {"background": "#000000"}], ids=["size", "fit", "background"]
-)
+@pytest.mark.parametrize("change", [{"size": (8, 12)}, {"fit": "pad"}, {"background": "#000000"}], ids=["size", "fit", "background"])
 def test_settings_that_change_pixels_have_their_own_cache(folder: Path, cache: Path, change: dict[str, object]) -> None:
     assert ready(folder, cache).path != ready(folder, cache, **change).path
 
@@ -290,9 +288,7 @@ def fake(hashes: np.ndarray, labels: np.ndarray | None = None) -> Dataset:
     return data
 
 
-@pytest.mark.parametrize(
-    ("count", "share", "expected"), [(100, 0.1, 10), (100, 0.001, 1), (2, 0.5, 1), (100, 0.0, 0), (60_000, 0.2, 5000)]
-)
+@pytest.mark.parametrize(("count", "share", "expected"), [(100, 0.1, 10), (100, 0.001, 1), (2, 0.5, 1), (100, 0.0, 0), (60_000, 0.2, 5000)])
 def test_split_sizes(count: int, share: float, expected: int) -> None:
     for labels in (None, np.arange(count, dtype=np.int64) % 2):
         train, heldout = fake(np.arange(count), labels).split(share, seed=1)

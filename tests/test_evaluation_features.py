@@ -41,9 +41,7 @@ def test_supervised_network_knows_held_out_digits(network: FeatureNetwork, digit
     assert not network.training.cut_short
 
 
-def test_features_of_training_images_are_standardised_and_do_not_depend_on_the_batch(
-    network: FeatureNetwork, digits: Digits
-) -> None:
+def test_features_of_training_images_are_standardised_and_do_not_depend_on_the_batch(network: FeatureNetwork, digits: Digits) -> None:
     features = network.features(digits[0])
     assert features.shape == (1438, network.dimensions)
     torch.testing.assert_close(features.mean(dim=0), torch.zeros(64), atol=1e-3, rtol=0)
@@ -117,9 +115,7 @@ def test_save_and_load(network: FeatureNetwork, digits: Digits, tmp_path: Path) 
         load_self(path)
 
 
-def test_cache_trains_once_per_key_and_again_when_damaged(
-    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_trains_once_per_key_and_again_when_damaged(digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[int] = []
 
     def quick(*args: object) -> FeatureNetwork:

@@ -13,7 +13,22 @@ import pytest
 import torch
 from PIL import Image
 
-from maskdm.config import BlockMask, Budget, Config, CropMask, Data, Diffusion, DiTConfig, Intervals, LogitNormalTimesteps, MinSNRWeight, PatchMask, Sampling, Stage, UViTConfig
+from maskdm.config import (
+    BlockMask,
+    Budget,
+    Config,
+    CropMask,
+    Data,
+    Diffusion,
+    DiTConfig,
+    Intervals,
+    LogitNormalTimesteps,
+    MinSNRWeight,
+    PatchMask,
+    Sampling,
+    Stage,
+    UViTConfig,
+)
 from maskdm.data import Loader, open_source, prepare
 from maskdm.engine import Trainer
 from maskdm.models import build
@@ -128,7 +143,9 @@ def effects(config: Config, cache: Path) -> str:
         for name in sorted(group):
             digest.update(name.encode() + str(group[name].shape).encode() + group[name].numpy().tobytes())
     names = list(dataset.class_names) if config.data.conditional else []
-    drawn = draw_images(make_pipeline(trainer.average.model, config, names), config.sampling, range(2), [0, 1] if names else None, config.seed)
+    drawn = draw_images(
+        make_pipeline(trainer.average.model, config, names), config.sampling, range(2), [0, 1] if names else None, config.seed
+    )
     return digest.hexdigest() + hashlib.sha256(drawn.tobytes()).hexdigest()
 
 
@@ -165,7 +182,9 @@ def test_dit_settings_change_it_too(folder: Path, cache: Path) -> None:
 # --- settings that show in a run, not in its weights ---
 
 
-def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[tuple[str, str], ...] = ()) -> tuple[RunDirectory, list[dict[str, Any]]]:
+def run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[tuple[str, str], ...] = ()
+) -> tuple[RunDirectory, list[dict[str, Any]]]:
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "config.yaml"
     config = base(folder)

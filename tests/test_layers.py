@@ -16,7 +16,13 @@ def imports(file: Path) -> set[str]:
     """The top-level parts of maskdm that a file imports, at whatever depth of the code."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names = (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
         if isinstance(node, ast.ImportFrom) and node.module == "maskdm":
             names = [f"maskdm.{alias.name}" for alias in node.names]
         found |= {name.split(".")[1] for name in names if name.startswith("maskdm.")}

@@ -89,7 +89,10 @@ class PerPatch(Denoiser):
 def test_over_masks_the_mean_is_the_whole_loss_for_a_network_that_treats_patches_alone(mask: Mask) -> None:
     network = PerPatch()
     whole = masked_denoising_loss(network, config().diffusion, images(), None, draws(NoMask())).total
-    losses = [masked_denoising_loss(network, config().diffusion, images(), None, replace(draws(NoMask()), kept=draws(mask, step=i).kept)).total for i in range(600)]
+    losses = [
+        masked_denoising_loss(network, config().diffusion, images(), None, replace(draws(NoMask()), kept=draws(mask, step=i).kept)).total
+        for i in range(600)
+    ]
     values = torch.stack(losses).detach()
     assert abs(values.mean() - whole) < 4 * values.std() / 600**0.5
     assert values.std() > 0
@@ -113,7 +116,13 @@ def test_draws_are_a_function_of_seed_step_and_position_alone() -> None:
         part = draw_step(config(), PatchMask(0.5), 3, 7, first, count, 24, CPU)
         here = slice(first, first + count)
         assert part.kept is not None and whole.kept is not None
-        for mine, theirs in ((part.t, whole.t), (part.noise, whole.noise), (part.kept, whole.kept), (part.drop, whole.drop), (part.flip, whole.flip)):
+        for mine, theirs in (
+            (part.t, whole.t),
+            (part.noise, whole.noise),
+            (part.kept, whole.kept),
+            (part.drop, whole.drop),
+            (part.flip, whole.flip),
+        ):
             assert torch.equal(mine, theirs[here])
     for other in (draw_step(config(), PatchMask(0.5), 4, 7, 0, 24, 24, CPU), draw_step(config(), PatchMask(0.5), 3, 8, 0, 24, 24, CPU)):
         assert not torch.equal(other.noise, whole.noise) and not torch.equal(other.t, whole.t)

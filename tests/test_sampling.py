@@ -81,7 +81,7 @@ def test_an_image_does_not_depend_on_its_batch(name: Any) -> None:
         output: Any = pipeline(len(indices), [i % 3 for i in indices], seeded(5, indices), 10, eta=1.0, output_type="pt")
         return output.images
 
-    together, apart = draw(range(5)), torch.cat([draw(range(0, 2)), draw(range(2, 5))])
+    together, apart = draw(range(5)), torch.cat([draw(range(2)), draw(range(2, 5))])
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=0)
     assert (draw(range(1)) - draw(range(1, 2))).abs().max() > 0.05
 

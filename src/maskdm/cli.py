@@ -19,7 +19,9 @@ from maskdm import __version__
 from maskdm.config import SchedulerName
 from maskdm.errors import UserError
 
-Data = Annotated[Positional[str], arg(metavar="DATA", help="folder of images, parquet file, data set folder, .npz/.npy array, or digits / emoji")]
+Data = Annotated[
+    Positional[str], arg(metavar="DATA", help="folder of images, parquet file, data set folder, .npz/.npy array, or digits / emoji")
+]
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="directory of a run of `maskdm train`")]
 
 
@@ -171,7 +173,9 @@ def _parse(arguments: list[str]) -> Train | DataVerb | Sample | Evaluate | Repor
         raise UserError(" ".join(text.split()).strip() or "the command line cannot be read; see maskdm --help") from None
 
 
-_ABOUT = "Train your own image diffusion model by masked pre-training and fine-tuning. Shell completion: maskdm --tyro-print-completion bash"
+_ABOUT = (
+    "Train your own image diffusion model by masked pre-training and fine-tuning. Shell completion: maskdm --tyro-print-completion bash"
+)
 
 
 def _settings_help() -> str:
@@ -190,9 +194,9 @@ def _perform(verb: Train | DataVerb | Sample | Evaluate | Report, settings: list
     import logging
     import warnings
 
-    # Threads that wait by spinning make a step forty times slower when another process wants the same cores, and sleeping
-    # costs little when none does (docs/experiments.md). Read by the OpenMP runtime when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin long while they wait make a step forty times slower when another process wants the same cores; a short
+    # spin costs nothing when none does (docs/experiments.md). Read by the OpenMP runtime when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     warnings.filterwarnings("ignore", module=r"diffusers|torch\.utils\.tensorboard|multiprocessing")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     from maskdm import runs

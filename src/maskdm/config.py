@@ -184,7 +184,9 @@ class LogitNormalTimesteps:
 class Diffusion:
     """How images are noised and what the network is asked for."""
 
-    schedule: Annotated[Literal["linear", "cosine", "vp", "flow"], "noise schedule: DDPM's linear betas, cosine, the VP-SDE, or rectified flow"] = "cosine"
+    schedule: Annotated[
+        Literal["linear", "cosine", "vp", "flow"], "noise schedule: DDPM's linear betas, cosine, the VP-SDE, or rectified flow"
+    ] = "cosine"
     target: Annotated[Literal["eps", "x0", "v"], "what the network predicts: the noise, the image, or the velocity"] = "eps"
     weight: Annotated[UniformWeight | MinSNRWeight, "weight of a noise level in the loss: uniform or min-snr"] = UniformWeight()
     timesteps: Annotated[UniformTimesteps | LogitNormalTimesteps, "how timesteps are drawn: uniform or logit-normal"] = UniformTimesteps()
@@ -233,7 +235,10 @@ class Stage:
         good = bool(self.name) and all(c.isalnum() or c in "-_" for c in self.name) and not self.name.isdigit()
         _require(good, f"stage name '{self.name}': use letters, digits, - and _, with at least one letter")
         _require(self.batch >= 1, f"{where}.batch is {self.batch}; it must be at least 1")
-        _require(self.accumulate >= 1 and self.batch % self.accumulate == 0, f"{where}.accumulate {self.accumulate} does not divide {where}.batch {self.batch}")
+        _require(
+            self.accumulate >= 1 and self.batch % self.accumulate == 0,
+            f"{where}.accumulate {self.accumulate} does not divide {where}.batch {self.batch}",
+        )
         _require(self.lr > 0, f"{where}.lr is {self.lr}; it must be above 0")
         _require(self.warmup >= 0, f"{where}.warmup is {self.warmup}; it must be 0 or more")
 
@@ -268,7 +273,10 @@ class Hardware:
     """How the arithmetic is done."""
 
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute; auto takes a GPU if there is one"] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], "arithmetic of the network; weights are fp32 always; auto is bf16 where matrix units have it"] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"],
+        "arithmetic of the network; weights are fp32 always; auto is bf16 where matrix units have it",
+    ] = "auto"
     compile: Annotated[bool, "compile the network with torch.compile: slow to start, faster steps"] = False
     checkpoint_activations: Annotated[bool, "recompute activations in the backward pass: less memory, slower steps"] = False
     threads: Annotated[int, "CPU threads; 0 for all cores"] = 0

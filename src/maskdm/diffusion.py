@@ -57,7 +57,11 @@ def alpha_sigma(schedule: Schedule, t: Times) -> tuple[Times, Times]:
         case "vp":
             log_bar = _vp_log_alpha_bar(t.double() if t.device.type != "mps" else t)
         case "linear" | "cosine":
-            table = _log_alpha_bar_table(schedule, t.device) if t.device.type != "mps" else _log_alpha_bar_table(schedule, torch.device("cpu")).float().to(t.device)
+            table = (
+                _log_alpha_bar_table(schedule, t.device)
+                if t.device.type != "mps"
+                else _log_alpha_bar_table(schedule, torch.device("cpu")).float().to(t.device)
+            )
             below = t.long().clamp(0, NUM_STEPS - 2)
             log_bar = torch.lerp(table[below], table[below + 1], (t - below).to(table.dtype))
     return (log_bar / 2).exp().to(t.dtype), (-torch.expm1(log_bar)).sqrt().to(t.dtype)

@@ -79,7 +79,7 @@ def _is_masked(stage: Json) -> bool:
 
 
 def _seconds(run: _Run) -> float:
-    return sum(amount(stage, "seconds") for stage in run.stages)
+    return sum((amount(stage, "seconds") for stage in run.stages), 0.0)
 
 
 def _status(run: _Run) -> str:
@@ -122,8 +122,8 @@ def _speed_up(run: _Run, stage: Json) -> tuple[str, str]:
     """The stage's measured speed-up over whole images, and the ideal one with the share of it that was reached."""
     reference, rate, ideal = _whole_rate(run), finite(stage, "images_per_second"), finite(stage, "ideal_speedup")
     measured = rate / reference if rate and reference else None
-    share = f", reached {percent(measured / ideal)}" if measured and ideal else ""
-    return f"{measured:.2f}\u00d7" if measured else "&ndash;", f"ideal {ideal:.2f}\u00d7{share}" if ideal else ""
+    share = f"{percent(measured / ideal)} of the " if measured and ideal else ""
+    return f"{measured:.2f}\u00d7" if measured else "&ndash;", f"{share}ideal {ideal:.2f}\u00d7" if ideal else ""
 
 
 def _facts(run: _Run) -> str:
@@ -168,9 +168,10 @@ _RECOGNISED = (
 _APART = (
     (1.1, "as close to the training images as"),
     (1.5, "nearly as close to the training images as"),
-    (math.inf, "visibly farther from the training images than"),
+    (5.0, "visibly farther from the training images than"),
+    (math.inf, "much farther from the training images than"),
 )
-_COPIED = ((0.5, "Strong suspicion of copying"), (0.8, "Some suspicion of copying"), (math.inf, "No sign of copying"))
+_COPIED = ((0.5, "Strong suspicion of copying"), (0.8, "Some suspicion of copying"), (math.inf, "No sign of copying on the whole"))
 
 
 def _grade(value: float, grades: tuple[tuple[float, str], ...]) -> str:
@@ -202,12 +203,10 @@ def _verdicts(run: _Run) -> list[str]:
     floor = finite(measures, "frechet_distance_heldout")
     if distance is not None and floor:
         ratio = distance / floor
-        said.append(f"Samples are {_grade(ratio, _APART)} real ones: {ratio:.2f} times the held-out images' Frechet distance.")
+        said.append(f"Samples are {_grade(ratio, _APART)} real ones: {number(ratio)} times the held-out images' Frechet distance.")
     copied = _nearest_ratio(run)
     if copied is not None:
-        said.append(
-            f"{_grade(copied, _COPIED)}: the nearest training image is {copied:.2f} times as far as from a held-out image."
-        )
+        said.append(f"{_grade(copied, _COPIED)}: the nearest training image is {copied:.2f} times as far as from a held-out image.")
     num = finite(measures, "num_samples")
     if num is not None and num < 1000:
         said.append(f"Only {number(num)} samples were measured: take the figures as rough.")
@@ -224,32 +223,34 @@ def _measured(measures: Json, key: str, show: Callable[[float | None], str]) -> 
 def _quality(run: _Run) -> str:
     measures, verdicts = run.measures, page.bullets(_verdicts(run), "verdict")
     if not measures:
-        return (
-            verdicts + '<p class="soft">Samples are not measured yet: <code>maskdm evaluate RUN --data DATA</code> does it.</p>'
-        )
+        return verdicts + '<p class="soft">Samples are not measured yet: <code>maskdm evaluate RUN --data DATA</code> does it.</p>'
     rows: list[list[str]] = []
     for name, key, show, meaning in _MEASURES:
         real = "frechet_distance_heldout" if key.startswith("frechet") else f"{key}_heldout"
         if measures.get(key) is not None:
             rows.append([name, _measured(measures, key, show), _measured(measures, real, show), meaning])
-    carried = {"samples": measures.get("num_samples")} | as_object(measures.get("provenance"))
-    carried |= {f"features: {key}": value for key, value in as_object(measures.get("features")).items()}
-    origin = "; ".join(f"{text(key)} {text(value)}" for key, value in carried.items() if value is not None)
-    note = f'<p class="soft">Distances compare only within the same features and counts. Measured with: {origin}.</p>'
-    return verdicts + page.table("Measures", ["Measure", "Samples", "Held-out real images", "Meaning"], rows, wide=True) + note
+    features = as_object(measures.get("features"))
+    carried = as_object(measures.get("provenance")) | {f"features: {key}": value for key, value in features.items()}
+    origin = [f"{text(key)}: {text(value)}" for key, value in carried.items() if value is not None]
+    note = (
+        f"{count(measures, 'num_samples')} samples. Distances compare only within the same features ({word(features, 'name')}) and counts."
+    )
+    found = page.table("Measures", ["Measure", "Samples", "Held-out real images", "Meaning"], rows, wide=True)
+    return f'{verdicts}{found}<p class="soft">{note}</p><details><summary>How it was measured</summary>{page.bullets(origin)}</details>'
 
 
 def _nearest_ratio(run: _Run) -> float | None:
     nearest = as_object(run.measures.get("nearest_train"))
-    return next((finite(nearest, key) for key in nearest if "ratio" in key), None)
+    return finite(nearest, "features_ratio") or finite(nearest, "pixels_ratio")
 
 
 def _neighbours(run: _Run) -> str:
     note = "Above: samples. Below each: the training image nearest to it. Alike is good; the same picture is a copy."
     drawn = page.figure(run.folder / "neighbours.png", "Samples above the training images nearest to them", note, 900)
     nearest = as_object(run.measures.get("nearest_train"))
-    rows = [[text(key.replace("_", " ")), number(finite(nearest, key))] for key in nearest if finite(nearest, key) is not None]
-    return drawn + (page.table("Distances to the nearest training images", ["Distance", "Value"], rows) if rows else "")
+    rows = [[space, *(count(nearest, f"{space}_{of}") for of in ("samples", "heldout", "ratio"))] for space in ("features", "pixels")]
+    head = ["Median distance, in", "Samples", "Held-out real images", "Ratio"]
+    return drawn + (page.table("Distances to the nearest training images", head, rows) if nearest else "")
 
 
 # --- sections -----------------------------------------------------------------------------------------------------
@@ -259,11 +260,11 @@ def _samples(run: _Run) -> str:
     name = as_object(run.card.get("data")).get("name", "the data")
     note = "Drawn from noise by the averaged (EMA) weights, with real images beside them as the picture's labels say."
     drawn = page.figure(run.folder / "samples.png", f"Grid of generated images of {name} beside real ones", note, 760)
-    return drawn or '<p class="soft">No samples yet: they are drawn when the training ends, or by <code>maskdm sample</code>.</p>'
+    return drawn or '<p class="soft">No final samples yet: they are drawn when the training ends, or by <code>maskdm sample</code>.</p>'
 
 
 def _masks(run: _Run) -> str:
-    note = "Gray patches are hidden: the network neither sees them nor computes anything for them."
+    note = "Above: training images. Below: what is left of them. The network computes nothing for the gray patches."
     return page.figure(run.folder / "masks.png", "Training images with the hidden patches covered", note, 900)
 
 
@@ -275,18 +276,18 @@ def _stage_table(run: _Run) -> str:
         tokens = f"{count(stage, 'kept')} of {count(run.card, 'tokens')}"
         measured, ideal = _speed_up(run, stage) if _is_masked(stage) else ("1\u00d7", "by definition")
         row = [word(stage, "name"), word(stage, "mask"), percent(finite(stage, "hidden")), tokens]
-        row += [f"{number(steps)} steps, {state}<br><small>budget: {word(stage, 'budget')}</small>", count(stage, "images")]
+        row += [f"{number(steps)} steps, {state}<small>budget: {word(stage, 'budget')}</small>", count(stage, "images")]
         row += [
             word(stage, "batch"),
             count(stage, "lr"),
             page.duration(amount(stage, "seconds")),
             count(stage, "images_per_second"),
         ]
-        rows.append([*row, f"{measured}<br><small>{ideal}</small>"])
+        rows.append([*row, f"{measured}<small>{ideal}</small>"])
     head = ["Stage", "Mask", "Hidden", "Patches", "Progress", "Images", "Batch", "Rate", "Time", "Images/s", "Speed-up"]
     note = (
         '<p class="soft">Hidden: the true share of the patches that the network does not see. Patches: those it sees. Rate: of learning. '
-        "Speed-up: in images per second, over whole images in this same run; the ideal counts arithmetic only.</p>"
+        "Speed-up: in images per second, over whole images in this run; the ideal counts arithmetic only; other load blurs it.</p>"
     )
     return page.table("Stages", head, rows) + note if rows else ""
 
@@ -331,8 +332,7 @@ def _levels_chart(run: _Run) -> str:
 
 def _frames(run: _Run) -> str:
     captions = {
-        str(record.get("file")): f"step {count(record, 'step')}, stage {record.get('stage', '?')}"
-        for record in run.named("sample")
+        str(record.get("file")): f"step {count(record, 'step')}, stage {record.get('stage', '?')}" for record in run.named("sample")
     } or {f"samples/{path.name}": path.stem for path in sorted((run.folder / "samples").glob("*.png"))}
     root = run.folder.resolve()
     files = [file for file in captions if (root / file).resolve().is_relative_to(root) and (root / file).is_file()]

@@ -58,7 +58,7 @@ def parse(source: str) -> Json:
 def read_events(path: Path) -> list[Json]:
     """The records that still hold, of JSON lines: those past the step that a run resumed from have been done over since."""
     events: list[Json] = []
-    for record in filter(None, map(parse, read_text(path).splitlines())):
+    for record in filter(None, map(parse, read_text(path).split("\n"))):
         if record.get("event") == "resume":
             start = amount(record, "step")
             events = [earlier for earlier in events if amount(earlier, "step") <= start]
@@ -102,7 +102,7 @@ def text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: int | float | None, digits: int = 3) -> str:
     """1437 -> '1 437', 0.012345 -> '0.0123', None -> a dash."""
     if value is None:
         return "&ndash;"
@@ -126,7 +126,7 @@ def percent(value: float | None) -> str:
     return "&ndash;" if value is None else f"{round(100 * value, 1):g}{GAP}%"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """200 -> '3 min 20 s'."""
     if seconds < 10:
         return f"{seconds:.1f}{GAP}s"
@@ -140,7 +140,7 @@ def duration(seconds: float) -> str:
 
 def clock(longest: float) -> tuple[float, str]:
     """Seconds per unit of a time axis that reaches `longest` seconds, and the unit."""
-    return (1, "s") if longest <= 180 else (60, "min") if longest <= 3 * 3600 else (3600, "h")
+    return (1.0, "s") if longest <= 180 else (60.0, "min") if longest <= 3 * 3600 else (3600.0, "h")
 
 
 def bullets(items: Sequence[str], kind: str = "") -> str:
@@ -290,7 +290,7 @@ def _axes(scale: _Scale, x_label: str, y_label: str) -> str:
         parts.append(f'<text x="{scale.across(x):.1f}" y="{bottom + 18}" text-anchor="middle">{number(x)}</text>')
     parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{x_label}</text>')
     middle = (TOP + bottom) / 2
-    parts.append(f'<text x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{y_label}</text>')
+    parts.append(f'<text class="side" x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{y_label}</text>')
     return "".join(parts)
 
 
@@ -307,9 +307,7 @@ def _line(scale: _Scale, line: Series) -> str:
     return "".join(parts) + "</g>"
 
 
-def chart(
-    title: str, x_label: str, y_label: str, series: Sequence[Series], marks: Sequence[tuple[float, str]] = (), note: str = ""
-) -> str:
+def chart(title: str, x_label: str, y_label: str, series: Sequence[Series], marks: Sequence[tuple[float, str]] = (), note: str = "") -> str:
     """Lines over a logarithmic y axis, with vertical `marks` (x, name); '' when there is nothing to draw. Points need y > 0."""
     series = [line for line in series if line.points]
     if not series:
@@ -322,10 +320,7 @@ def chart(
         drawn += f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
         drawn += f'<text {side} y="{TOP + 12}">{text(name)}</text>'
     ends = "; ".join(f"{line.name} from {number(line.points[0][1])} to {number(line.points[-1][1])}" for line in series)
-    names = [
-        f'<span style="--c: var(--c{line.color % NUM_COLORS}); opacity: {line.strength}"></span>{text(line.name)}'
-        for line in series
-    ]
+    names = [f'<span style="--c: var(--c{line.color % NUM_COLORS}); opacity: {line.strength}"></span>{text(line.name)}' for line in series]
     return (
         f'<figure class="chart"><h3>{title}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}: {text(ends)}">'
         f"{_axes(scale, x_label, y_label)}{drawn}</svg>{bullets(names, 'legend')}<figcaption>{note}</figcaption></figure>"
@@ -345,7 +340,8 @@ class Section:
 
     def html(self) -> str:
         """The part, labelled by its heading."""
-        return f'<section id="{self.name}" aria-labelledby="{self.name}-title"><h2 id="{self.name}-title">{self.title}</h2>{self.content}</section>'
+        heading = f'<h2 id="{self.name}-title">{self.title}</h2>'
+        return f'<section id="{self.name}" aria-labelledby="{self.name}-title">{heading}{self.content}</section>'
 
 
 def document(title: str, header: str, sections: Sequence[Section]) -> str:

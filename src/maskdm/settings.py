@@ -80,7 +80,7 @@ def _build(hint: Any, value: Any, path: str) -> Any:
         value = "none"
     if len(members) > 1:
         return _build_member(members, value, path)
-    return _build_single(members[0], value, path)
+    return _build_single(next(iter(members)), value, path)
 
 
 def _build_member(members: tuple[Any, ...], value: Any, path: str) -> Any:
@@ -107,7 +107,9 @@ def _build_single(hint: Any, value: Any, path: str) -> Any:
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         if value not in choices or isinstance(value, bool):
-            raise UserError(f"{path} is '{value}'; give one of {', '.join(map(str, choices))}{nearest(str(value), [str(c) for c in choices])}")
+            raise UserError(
+                f"{path} is '{value}'; give one of {', '.join(map(str, choices))}{nearest(str(value), [str(c) for c in choices])}"
+            )
         return value
     if get_origin(hint) is tuple:
         return _build_tuple(hint, value, path)
@@ -174,10 +176,12 @@ def leaves(value: Any, path: str = "", meaning: str = "", hint: Any = Config) ->
     if len(members) > 1:
         yield Leaf(f"{path}.kind", value.kind, meaning, hint)
     if is_dataclass(value) and not isinstance(value, type):
-        for name, (inner, text) in _hints(type(value)).items():
+        hints: dict[str, tuple[Any, str]] = _hints(type(value))
+        for name, (inner, text) in hints.items():
             yield from leaves(getattr(value, name), f"{path}.{name}".lstrip("."), text, inner)
     elif get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
-        for item in value:
+        stages: tuple[Any, ...] = value
+        for item in stages:
             yield from leaves(item, f"{path}.{item.name}", meaning, get_args(hint)[0])
     elif len(members) == 1:
         yield Leaf(path, value, meaning, hint)

@@ -76,9 +76,7 @@ def duplicates(dataset: Dataset) -> list[list[str]]:
     return [[dataset.name_of(row) for row in group] for group in rows.values() if len(group) > 1]
 
 
-def _hold_out(
-    hashes: NDArray[np.uint8], labels: NDArray[np.int64] | None, count: int, random: np.random.Generator
-) -> NDArray[np.bool_]:
+def _hold_out(hashes: NDArray[np.uint8], labels: NDArray[np.int64] | None, count: int, random: np.random.Generator) -> NDArray[np.bool_]:
     """Which rows [n] to hold out: `count` of them, or the nearest below that keeps images of the same pixels together."""
     keys = np.ascontiguousarray(hashes[:, :8]).view(np.uint64).ravel()  # 8 bytes do: a collision would only join two groups
     _, first, group_of = np.unique(keys, return_index=True, return_inverse=True)

@@ -23,6 +23,8 @@ from maskdm.engine.optim import Average, learning_rate, make_optimizer
 from maskdm.models import Denoiser
 from maskdm.objective import masked_denoising_loss
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
 
 @dataclass
 class StageProgress:
@@ -72,9 +74,12 @@ class Step:
 class Trainer:
     """Runs the stages of a configuration over a loader's images."""
 
-    def __init__(self, config: Config, loader: Loader, model: Denoiser, device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> None:
-        self.config, self.loader, self.device, self.precision = config, loader, device, precision
-        self.model = model.to(device).train()
+    def __init__(self, config: Config, loader: Loader, model: Denoiser, device: torch.device, precision: Precision) -> None:
+        self.config, self.loader, self.device = config, loader, device
+        self.precision: Precision = precision
+        self.model = model
+        self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
+        self.model.train()
         if config.hardware.checkpoint_activations:
             self.model.enable_gradient_checkpointing()
         self.network: Any = torch.compile(self.model) if config.hardware.compile else self.model
@@ -82,7 +87,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.optimizer, config.stages[0].lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.progress = Progress(stages=[StageProgress() for _ in config.stages])
-        self._names = {p: name for name, p in self.model.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
 
     # --- state ---
 
@@ -172,7 +177,7 @@ class Trainer:
         return total.detach()
 
 
-def autocast(device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
     """Half-precision arithmetic around fp32 weights, where asked for."""
     match precision:
         case "fp32":

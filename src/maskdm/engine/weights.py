@@ -55,7 +55,9 @@ def transfer(source: Denoiser, weights: Mapping[str, Tensor], target: Denoiser) 
 
 def _check_same_network(source: Denoiser, target: Denoiser) -> None:
     if type(source) is not type(target):
-        raise UserError(f"--init is a {type(source).__name__} and this model a {type(target).__name__}; use --model {type(source).__name__.lower()}")
+        raise UserError(
+            f"--init is a {type(source).__name__} and this model a {type(target).__name__}; use --model {type(source).__name__.lower()}"
+        )
     for key in ("width", "depth", "heads", "mlp_ratio", "qkv_bias", "patch_size"):
         theirs, ours = source.config.get(key), target.config.get(key)
         if theirs != ours:

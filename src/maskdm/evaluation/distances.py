@@ -136,9 +136,7 @@ def _kernel_sums(rows: list[Tensor], columns: list[Tensor], same: bool) -> np.nd
     return sums
 
 
-def _discrepancy(
-    aa: np.ndarray, bb: np.ndarray, ab: np.ndarray, sizes_a: np.ndarray, sizes_b: np.ndarray, keep: np.ndarray
-) -> float:
+def _discrepancy(aa: np.ndarray, bb: np.ndarray, ab: np.ndarray, sizes_a: np.ndarray, sizes_b: np.ndarray, keep: np.ndarray) -> float:
     """MMD^2 of the groups that `keep` selects."""
     n, m, kept = int(sizes_a[keep].sum()), int(sizes_b[keep].sum()), np.ix_(keep, keep)
     return float(aa[kept].sum() / (n * (n - 1)) + bb[kept].sum() / (m * (m - 1)) - 2 * ab[kept].sum() / (n * m))

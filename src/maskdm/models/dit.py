@@ -28,6 +28,7 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tokens, condition: Float[Tensor, "batch width"], turn: tuple[Tensor, Tensor]) -> Tokens:
+        """Tokens and their condition; `turn` as `RotaryPositions` gives it."""
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attention(_modulate(self.norm1(x), scale1, shift1), turn)
         return x + gate2 * self.mlp(_modulate(self.norm2(x), scale2, shift2))
@@ -74,7 +75,7 @@ class DiT(Denoiser):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
+                if module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison] - torch's type leaves the None out
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -85,6 +86,7 @@ class DiT(Denoiser):
             nn.init.zeros_(layer.weight)
 
     def denoise(self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None) -> Patches:
+        """As `Denoiser.denoise`."""
         x = self.patch_embedding(patches) + (self.positions if kept is None else self.positions[kept])
         condition = self.time_embedding(sinusoidal(t, 256))
         if self.class_embedding is not None and labels is not None:

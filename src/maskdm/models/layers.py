@@ -72,6 +72,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tokens, turn: tuple[Tensor, Tensor] | None = None) -> Tokens:
+        """Attend among all tokens, with rotary positions where `turn` is given."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.norm_q(q), self.norm_k(k)
         if turn is not None:
@@ -89,6 +90,7 @@ class GeluMLP(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tokens) -> Tokens:
+        """Each token by itself."""
         return self.down(F.gelu(self.up(x)))
 
 
@@ -101,5 +103,6 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tokens) -> Tokens:
+        """Each token by itself."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)

@@ -23,6 +23,7 @@ class UViTBlock(nn.Module):
         self.mlp = GeluMLP(width, int(width * mlp_ratio))
 
     def forward(self, x: Tokens, earlier: Tokens | None = None) -> Tokens:
+        """`earlier` is the output of the block that the skip comes from."""
         if self.skip is not None and earlier is not None:
             x = self.skip(torch.cat([x, earlier], dim=-1))
         x = x + self.attention(self.norm1(x))
@@ -74,6 +75,7 @@ class UViT(Denoiser):
         self.patch_embedding.reset_parameters()  # the published code leaves the patch embedding at the framework's default
 
     def denoise(self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None) -> Patches:
+        """As `Denoiser.denoise`."""
         x = self.patch_embedding(patches)
         table = self.positions.weight
         x = x + (table[self.num_extras :] if kept is None else self.positions(kept + self.num_extras))
@@ -94,5 +96,5 @@ class UViT(Denoiser):
 def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    if isinstance(module, nn.Linear) and module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison] - torch's type leaves the None out
         nn.init.zeros_(module.bias)

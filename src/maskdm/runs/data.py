@@ -37,7 +37,9 @@ def describe_data(location: str, image_size: str | None, display: Display) -> st
     share = len(dataset.broken) / max(1, len(source))
     limit = choice.config.data.max_broken
     if share > limit:
-        lines.append(f"{share:.1%} of the files are broken, and training accepts {limit:.1%}: mend them, or train with --max-broken {share + 0.01:.2f}")
+        lines.append(
+            f"{share:.1%} of the files are broken, and training accepts {limit:.1%}: mend them, or give --max-broken {share + 0.01:.2f}"
+        )
     return "\n".join(lines)
 
 

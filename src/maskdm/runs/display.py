@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -30,7 +30,7 @@ class Display:
         self.console.print(f"[bold]{escape(text)}[/bold]")
 
     @contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+    def counting(self, what: str) -> Generator[Callable[[int, int], None], None, None]:
         """A bar for work of known length: the function given is called with (done, total)."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
@@ -47,7 +47,7 @@ class Display:
             yield update
 
     @contextmanager
-    def training(self) -> Iterator[TrainingBar]:
+    def training(self) -> Generator[TrainingBar, None, None]:
         """A bar for the stages of a run."""
         columns = (
             TextColumn("[bold]{task.description}[/bold]"),

@@ -34,7 +34,9 @@ def evaluate_run(request: SampleRequest, data: str | None, display: Display) -> 
     dataset = _dataset(run, config, data, display)
     training, heldout = dataset.split(config.data.heldout, config.seed)
     if len(heldout) < 2:
-        raise UserError(f"{request.run} holds out {len(heldout)} images; train with a larger --heldout to evaluate against images never seen")
+        raise UserError(
+            f"{request.run} holds out {len(heldout)} images; train with a larger --heldout to evaluate against images never seen"
+        )
     settings = sampling_settings(config.sampling, request)
     pipeline.scheduler = make_scheduler(settings.scheduler, config.diffusion.schedule, config.diffusion.target)
     labels = choose_labels(pipeline.config["class_names"], (), request.num)
@@ -63,7 +65,11 @@ def evaluate_run(request: SampleRequest, data: str | None, display: Display) -> 
         _labels(dataset, heldout),
         provenance,
     )
-    metrics: dict[str, Any] = {**found.measures, "train_seconds": sum(stage["seconds"] for stage in info["stages"]), "stages": info["stages"]}
+    metrics: dict[str, Any] = {
+        **found.measures,
+        "train_seconds": sum(stage["seconds"] for stage in info["stages"]),
+        "stages": info["stages"],
+    }
     write_text(run.metrics_file, json.dumps(metrics, indent=1))
     pairs = np.concatenate([samples[:NEIGHBOURS], _images(dataset, training[found.nearest_indices[:NEIGHBOURS].numpy()])])
     grid(pairs, columns=min(NEIGHBOURS, len(samples))).save(run.path / "neighbours.png")
@@ -76,7 +82,9 @@ def _dataset(run: RunDirectory, config: Config, data: str | None, display: Displ
     with display.counting("decoding images") as progress:
         dataset = prepare(source, config.data, cache_directory(), progress)
     if dataset.content_hash != run.info()["data"]["content_hash"]:
-        raise UserError(f"{source.name} is not the data that {run.path} was trained on, or has changed since; its held-out images are unknown")
+        raise UserError(
+            f"{source.name} is not the data that {run.path} was trained on, or has changed since; its held-out images are unknown"
+        )
     return dataset
 
 

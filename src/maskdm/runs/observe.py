@@ -20,8 +20,8 @@ from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
-from maskdm.runs.sample import draw_images
 from maskdm.runs.plan import stage_records
+from maskdm.runs.sample import draw_images
 from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
 
 HELDOUT_IMAGES = 256
@@ -85,7 +85,9 @@ class Observer:
         loss = float(self._losses) / self._count
         images, seconds = step.images - self._speed[0], step.seconds - self._speed[1]
         figures = {"loss": loss, "lr": step.lr, "grad_norm": float(step.grad_norm), "images_per_second": images / max(seconds, 1e-9)}
-        self.run.log("train", step.number, stage=step.stage.name, stage_step=step.stage_step, images=step.images, seconds=step.seconds, **figures)
+        self.run.log(
+            "train", step.number, stage=step.stage.name, stage_step=step.stage_step, images=step.images, seconds=step.seconds, **figures
+        )
         for name, value in figures.items():
             self.board.add_scalar(f"train/{name}", value, step.number)
         bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures["images_per_second"], loss)
@@ -98,7 +100,7 @@ class Observer:
             if not math.isfinite(value) and not (self.trainer.scaler.is_enabled() and name == "gradient norm"):
                 latest = latest_checkpoint(self.run)
                 stands = f"{latest} stands" if latest else "no checkpoint was written yet"
-                raise Diverged(f"the {name} is {value} at step {step.number} (stage {step.stage.name}); {stands}; try a lower lr, a longer warmup, or fp32")
+                raise Diverged(f"the {name} is {value} at step {step.number} (stage {step.stage.name}); {stands}; try a lower lr, or fp32")
 
     def save(self, step: Step) -> None:
         """Write a checkpoint, unless the step went wrong."""
@@ -108,7 +110,9 @@ class Observer:
 
     def update_info(self, status: str, error: str | None) -> None:
         """Bring run.json up to date."""
-        self.run.write_info(self.run.info() | {"status": status, "error": error, "stages": stage_records(self.config, self.trainer.progress)})
+        self.run.write_info(
+            self.run.info() | {"status": status, "error": error, "stages": stage_records(self.config, self.trainer.progress)}
+        )
 
     # --- held-out loss and samples, of the averaged weights ---
 
@@ -188,6 +192,3 @@ class Observer:
         assert kept is not None
         seen = np.stack([hide(image, indices.tolist(), self.config.model.patch) for image, indices in zip(images, kept, strict=True)])
         return grid(np.concatenate([images, seen]), columns=len(images))
-
-
-

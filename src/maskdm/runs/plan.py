@@ -73,4 +73,3 @@ def stage_records(config: Config, progress: Progress) -> list[dict[str, Any]]:
             }
         )
     return records
-

@@ -109,4 +109,5 @@ def _label(names: Sequence[str], text: str) -> int:
         return list(names).index(text)
     if text.isdigit() and int(text) < len(names):
         return int(text)
-    raise UserError(f"--labels '{text}' is no class of this model ({', '.join(names[:12])}{', ...' if len(names) > 12 else ''}){nearest(text, list(names))}")
+    known = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    raise UserError(f"--labels '{text}' is no class of this model ({known}){nearest(text, list(names))}")

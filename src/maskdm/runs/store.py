@@ -56,7 +56,11 @@ def load_denoiser(path: Path, weights: Weights) -> tuple[Denoiser, dict[str, Ten
     if latest is None:
         raise UserError(f"{path} has no checkpoint yet; train it first")
     saved = checkpoint.load(latest)
-    return model, saved.tensors["average" if weights == "ema" else "model"], f"{latest} ({'averaged' if weights == 'ema' else 'as trained'})"
+    return (
+        model,
+        saved.tensors["average" if weights == "ema" else "model"],
+        f"{latest} ({'averaged' if weights == 'ema' else 'as trained'})",
+    )
 
 
 def make_pipeline(model: Denoiser, config: Config, class_names: list[str]) -> MaskDMPipeline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -112,7 +112,9 @@ def _begin(run: RunDirectory, resolved: Resolved, dataset: Dataset, trainer: Tra
     """Write the configuration and run.json of a new run; update those of one that goes on."""
     config = resolved.config
     run.create()
-    info: dict[str, Any] = run.info() if run.started else {"created": datetime.now().astimezone().isoformat(timespec="seconds"), "command": command}
+    info: dict[str, Any] = (
+        run.info() if run.started else {"created": datetime.now().astimezone().isoformat(timespec="seconds"), "command": command}
+    )
     info |= {
         "version": maskdm.__version__,
         "status": "running",
@@ -190,7 +192,7 @@ def _run(run: RunDirectory, trainer: Trainer, observer: Observer, display: Displ
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[str]]:
+def _stop_requests() -> Generator[list[str], None, None]:
     """Names of the signals that asked the run to stop: looked at between steps, when the state is whole.
 
     A second Ctrl-C stops at once.
@@ -208,4 +210,3 @@ def _stop_requests() -> Iterator[list[str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from maskdm.diffusion import Schedule, Target, convert
+from maskdm.diffusion import Target, convert
 from maskdm.draws import derive
 from maskdm.errors import UserError
 from maskdm.models import Denoiser
@@ -30,7 +30,9 @@ class MaskDMPipeline(DiffusionPipeline):
     target and schedule: what the network predicts and how it was noised. class_names: in the order of the labels.
     """
 
-    def __init__(self, unet: Denoiser, scheduler: Any, target: str = "eps", schedule: str = "linear", class_names: list[str] | None = None) -> None:
+    def __init__(
+        self, unet: Denoiser, scheduler: Any, target: str = "eps", schedule: str = "linear", class_names: list[str] | None = None
+    ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(target=target, schedule=schedule, class_names=list(class_names or []))
@@ -70,7 +72,8 @@ class MaskDMPipeline(DiffusionPipeline):
         x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
         accepted = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
-        for number, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        steps: Any = self.progress_bar(self.scheduler.timesteps)  # pyright: ignore[reportCallIssue] - diffusers binds it oddly
+        for number, t in enumerate(steps):
             model_input = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
             output = self._predict(model_input, t, labels, guidance_scale if guided else 1.0)
             x = self.scheduler.step(self._for_scheduler(output, model_input, t, clip), t, x, **extra).prev_sample

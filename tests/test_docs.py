@@ -1,0 +1,67 @@
+"""What the documents say is run: every Python snippet, and every command line is parsed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from maskdm.cli import run_command, split_settings
+from maskdm.config import Config
+from maskdm.recipes import RECIPES, recipe
+from maskdm.settings import find
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    settings = ["--model.width", "16", "--depth", "3", "--heads", "2", "--threads", "1", "--sampling.steps", "2", "--sampling.num", "4"]
+    steps = ["--pretrain.budget.steps", "2", "--finetune.budget.steps", "2"]
+    assert run_command(["train", "digits", "--recipe", "digits", "--out", "runs/quickstart", *settings, *steps]) == 0
+    count = 0
+    for page in PAGES:
+        names: dict[str, object] = {}
+        for block in blocks(page, "python"):
+            exec(compile(block, f"{page.name}", "exec"), names)
+            count += 1
+    assert count >= 3
+    assert (tmp_path / "three.png").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_are_ones_that_exist(page: Path) -> None:
+    from maskdm import cli
+
+    found = 0
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] != ["maskdm"] or "|" in words:
+                continue
+            found += 1
+            parts = split_settings(words[1:]) if words[1] == "train" else cli.CommandLine(words[1:])
+            assert not isinstance(cli._parse(parts.rest), int), line
+            for name, _ in parts.settings:
+                assert any(_knows(recipe(each, "x"), name) for each in RECIPES), line
+    assert found >= 4
+
+
+def _knows(config: Config, name: str) -> bool:
+    try:
+        return bool(find(config, name).path)
+    except Exception:
+        return False
+
+
+def test_make_targets_named_in_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text())) <= targets
