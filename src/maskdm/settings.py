@@ -180,8 +180,7 @@ def leaves(value: Any, path: str = "", meaning: str = "", hint: Any = Config) ->
         for name, (inner, text) in hints.items():
             yield from leaves(getattr(value, name), f"{path}.{name}".lstrip("."), text, inner)
     elif get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
-        stages: tuple[Any, ...] = value
-        for item in stages:
+        for item in value:  # pyright: ignore[reportGeneralTypeIssues] - a tuple of stages here
             yield from leaves(item, f"{path}.{item.name}", meaning, get_args(hint)[0])
     elif len(members) == 1:
         yield Leaf(path, value, meaning, hint)

@@ -27,7 +27,7 @@ Images: TypeAlias = UInt8[Tensor, "_ _ _ _"] | UInt8[np.ndarray, "_ _ _ _"]
 Labels: TypeAlias = Integer[Tensor, " _"] | Integer[np.ndarray, " _"]
 """Classes [N], from 0."""
 
-RECIPE = 1
+RECIPE = 2
 """Version of the encoder and its training; a part of the cache key."""
 
 _FORMAT = "maskdm.features"
@@ -59,7 +59,7 @@ class FeatureNetwork:
     @torch.no_grad()
     def features(self, images: Images, batch: int = 256) -> Float[Tensor, "_ _"]:
         """Features [N, dimensions], float32, on the CPU. UserError for images of another size than the network's."""
-        found = [self.encoder(self.encoder.prepare(piece)) for piece in self._pieces(images, batch)]
+        found = [self.encoder.features(self.encoder.prepare(piece)) for piece in self._pieces(images, batch)]
         return torch.cat(found) if found else torch.empty(0, self.dimensions)
 
     @torch.no_grad()
@@ -67,9 +67,8 @@ class FeatureNetwork:
         """The class of each image, or None where the network was trained without labels."""
         if not self.encoder.classes:
             return None
-        features = self.features(images, batch)
-        scores: Tensor = self.encoder.head(features)
-        return scores.argmax(dim=1)
+        scores = [self.encoder.head(self.encoder(self.encoder.prepare(piece))) for piece in self._pieces(images, batch)]
+        return torch.cat(scores).argmax(dim=1) if scores else torch.empty(0, dtype=torch.int64)
 
     def provenance(self) -> dict[str, str | int | float | bool | None]:
         """Name, hash, dimensions, accuracy and training, flat and ready for JSON."""

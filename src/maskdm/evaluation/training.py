@@ -69,7 +69,7 @@ def train_self(
     max_seconds: float = 60.0,
     steps: int | None = None,
 ) -> FeatureNetwork:
-    """A 64-d encoder of these images: supervised with at least two classes, else self-supervised.
+    """A 128-d encoder of these images: supervised with at least two classes, else self-supervised.
 
     The result is a function of the images, labels, seed and steps (chosen by image size and count when None) on one machine
     and thread count, unless `max_seconds` cuts the training short, which its provenance then says. Held-out images give
@@ -203,13 +203,15 @@ def augment(prepared: Float[Tensor, "n c h w"], generator: torch.Generator) -> F
 
 @torch.no_grad()
 def _calibrate(encoder: Encoder, images: Images) -> None:
-    """Scale the features to mean 0 and deviation 1 over whole training images, not over the augmented ones of the training."""
+    """Set both scales to mean 0 and deviation 1 over whole training images, not over the augmented ones of the training."""
     encoder.eval()
     rows = _spread(len(images), _CALIBRATION)
-    pieces = [encoder.body(encoder.prepare(take(images, rows[i : i + 256]))) for i in range(0, len(rows), 256)]
-    raw = torch.cat(pieces)
-    mean, variance = encoder.scale.running_mean, encoder.scale.running_var
-    assert mean is not None
-    assert variance is not None
-    mean.copy_(raw.mean(dim=0))
-    variance.copy_(raw.var(dim=0))
+    maps = [encoder.trunk(encoder.prepare(take(images, rows[i : i + 256]))) for i in range(0, len(rows), 256)]
+    pooled = torch.cat([each.mean(dim=(2, 3)) for each in maps])
+    embedded = torch.cat([encoder.embedding(each) for each in maps])
+    for scale, raw in ((encoder.scale, pooled), (encoder.embedding_scale, embedded)):
+        mean, variance = scale.running_mean, scale.running_var
+        assert mean is not None
+        assert variance is not None
+        mean.copy_(raw.mean(dim=0))
+        variance.copy_(raw.var(dim=0))

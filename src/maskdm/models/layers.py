@@ -60,6 +60,14 @@ def rotate(x: Float[Tensor, "batch heads tokens per_head"], turn: tuple[Tensor, 
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS normalisation in the precision of its input: autocast leaves the weight in fp32, which the fused kernel refuses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Over the last dimension."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention. With `normalize`, queries and keys are RMS-normalised per head (arXiv 2302.05442)."""
 
@@ -67,8 +75,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.norm_q = nn.RMSNorm(width // heads, eps=1e-6) if normalize else nn.Identity()
-        self.norm_k = nn.RMSNorm(width // heads, eps=1e-6) if normalize else nn.Identity()
+        self.norm_q = HeadNorm(width // heads, eps=1e-6) if normalize else nn.Identity()
+        self.norm_k = HeadNorm(width // heads, eps=1e-6) if normalize else nn.Identity()
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tokens, turn: tuple[Tensor, Tensor] | None = None) -> Tokens:

@@ -93,7 +93,7 @@ class RunDirectory:
         if not self.metrics_log.is_file():
             return
         kept: list[str] = []
-        for line in self.metrics_log.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_log.read_text(encoding="utf-8").split("\n"):
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)

@@ -44,7 +44,8 @@ def make_scheduler(name: SchedulerName, schedule: Schedule, target: Target) -> A
         case "euler-a":
             return diffusers.EulerAncestralDiscreteScheduler(**shared)
         case "heun":
-            return diffusers.HeunDiscreteScheduler(**shared)
+            # evenly spaced times would make its first step, from the almost infinite noise of a cosine schedule, blow up
+            return diffusers.HeunDiscreteScheduler(use_karras_sigmas=True, **shared)
         case "lms":
             return diffusers.LMSDiscreteScheduler(**shared)
         case "pndm":
