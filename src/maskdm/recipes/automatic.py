@@ -7,7 +7,7 @@ from math import floor, log10
 
 from maskdm.config import Budget, Config, Data, Diffusion, Intervals, Model, Optimizer, PatchMask, Sampling, Stage, UViTConfig
 
-CPU_MINUTES, GPU_MINUTES = 30, 240
+CPU_MINUTES, GPU_MINUTES = 30.0, 240.0
 SIZES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -93,11 +93,11 @@ def _stages(facts: Facts, model: Model, tokens: int, fine_tune: bool) -> tuple[t
     lr = min(1e-3, 0.1 / model.width)
     whole = Stage("finetune", Budget(images=1), batch=batch // 2, lr=lr * 0.6, warmup=200, decay="cosine")
     if fine_tune:
-        budget, text = _budget(facts, model, tokens, 0, minutes * 60)
+        budget, text = _budget(facts, model, tokens, 0.0, minutes * 60)
         return (replace(whole, budget=budget, lr=lr * 0.3, start_from="ema"),), (f"one stage on whole images, {text}",)
     ratio = 0.75 if tokens >= 1024 else 0.5
     masked, text = _budget(facts, model, tokens, ratio, minutes * 60 * 0.6)
-    rest, text_rest = _budget(facts, model, tokens, 0, minutes * 60 * 0.4)
+    rest, text_rest = _budget(facts, model, tokens, 0.0, minutes * 60 * 0.4)
     stages = (Stage("pretrain", masked, PatchMask(ratio), batch=batch, lr=lr, warmup=200), replace(whole, budget=rest))
     return stages, (
         f"stage 1, masked: {ratio:.0%} of {tokens} patches hidden, {text}",
@@ -108,7 +108,7 @@ def _stages(facts: Facts, model: Model, tokens: int, fine_tune: bool) -> tuple[t
 def _budget(facts: Facts, model: Model, tokens: int, ratio: float, seconds: float) -> tuple[Budget, str]:
     """As many images as the machine should manage, by arithmetic alone: the same budget on every machine of a kind."""
     images = _round(seconds * facts.flops / flops_per_image(model, tokens - int(ratio * tokens)))
-    most = 2000 * facts.count
+    most = 2000.0 * facts.count
     if images > most:
         return Budget(images=_round(most)), f"{_round(most)} images: 2000 times the data, beyond which a model only copies"
     return Budget(images=images), f"{images} images, about {seconds / 60:.0f} minutes"
