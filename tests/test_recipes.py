@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from maskdm.config import PatchMask, UViTConfig
+from maskdm.config import DiTConfig, PatchMask, UViTConfig
 from maskdm.errors import UserError
 from maskdm.recipes import RECIPES, choose, recipe
 from maskdm.recipes.automatic import Facts, flops_per_image
@@ -42,7 +42,7 @@ def test_choices_follow_the_data() -> None:
     assert choose(facts(gray=True)).config.data.channels == 1 and plain.data.channels == 3
     assert choose(facts(count=40)).config.stages[0].budget.images == 80_000  # 2 000 times the data at most
     assert choose(facts(), image_size=(48, 72)).config.data.image_size == (48, 72)
-    assert choose(facts(side=(256, 256), cpu=False)).config.model == UViTConfig(768, 12, 12, 8)
+    assert choose(facts(side=(256, 256), cpu=False)).config.model == DiTConfig(768, 12, 12, 8)
 
 
 def test_a_run_to_start_from_gives_its_network_and_one_stage() -> None:

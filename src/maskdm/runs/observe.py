@@ -168,18 +168,21 @@ class Observer:
         write_report(self.run.path)
 
     def _final_samples(self) -> Image.Image:
-        """Samples beside real images: a row per class (ten at most), or a plain grid."""
-        rows = min(GRID_ROWS, len(self.classes)) if self.classes else GRID_COLUMNS
-        labels = [row for row in range(rows) for _ in range(GRID_COLUMNS)] if self.classes else None
-        drawn = self._draw(rows * GRID_COLUMNS, labels)
-        real = self.dataset.images[self._real_rows(labels, rows * GRID_COLUMNS)].transpose(0, 3, 1, 2)
-        return side_by_side(drawn, real, GRID_COLUMNS, ("generated", "real"), self.classes[:rows])
+        """Samples beside real images: a row per class (the first ten that have images), or a plain grid."""
+        labels = self.dataset.labels if self.classes else None
+        if labels is None:
+            num = GRID_COLUMNS**2
+            return side_by_side(self._draw(num, None), self._real(self._spread(num)), GRID_COLUMNS, ("generated", "real"), [])
+        shown = np.unique(labels[labels >= 0])[:GRID_ROWS]
+        drawn = self._draw(len(shown) * GRID_COLUMNS, np.repeat(shown, GRID_COLUMNS).tolist())
+        rows = np.concatenate([np.resize(np.flatnonzero(labels == label), GRID_COLUMNS) for label in shown])
+        return side_by_side(drawn, self._real(rows), GRID_COLUMNS, ("generated", "real"), [self.classes[label] for label in shown])
 
-    def _real_rows(self, labels: list[int] | None, num: int) -> NDArray[np.int64]:
-        if labels is None or self.dataset.labels is None:
-            return np.linspace(0, len(self.dataset.images) - 1, num).astype(np.int64)
-        of_class = {label: np.flatnonzero(self.dataset.labels == label) for label in set(labels)}
-        return np.array([of_class[label][i % GRID_COLUMNS % len(of_class[label])] for i, label in enumerate(labels)])
+    def _spread(self, num: int) -> NDArray[np.int64]:
+        return np.linspace(0, len(self.dataset.images) - 1, num).astype(np.int64)
+
+    def _real(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return self.dataset.images[rows].transpose(0, 3, 1, 2)
 
     def _mask_picture(self) -> Image.Image | None:
         """What the first masked stage sees of six images."""
@@ -187,7 +190,7 @@ class Observer:
         if stage is None:
             return None
         generator = torch.Generator().manual_seed(derive("mask picture", self.config.seed))
-        images = self.dataset.images[self._real_rows(None, 6)].transpose(0, 3, 1, 2)
+        images = self._real(self._spread(6))
         kept = draw(stage.mask, len(images), self.config.grid, generator)
         assert kept is not None
         seen = np.stack([hide(image, indices.tolist(), self.config.model.patch) for image, indices in zip(images, kept, strict=True)])
