@@ -1,0 +1,46 @@
+"""Slower proofs, by `make test-slow`."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maskdm.cli import run_command
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_digits_recipe_learns_digits(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    assert run_command(["train", "digits", "--recipe", "digits", "--out", out]) == 0
+    assert run_command(["evaluate", out, "--num", "1000"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["class_accuracy"] >= 0.95
+    assert metrics["frechet_distance"] <= 1.5 * metrics["frechet_distance_heldout"]
+    assert metrics["train_seconds"] < 300
+
+
+def test_five_random_kills_change_nothing(tmp_path: Path) -> None:
+    sizes = ["--model.width", "64", "--pretrain.budget.steps", "200", "--finetune.budget.steps", "100", "--intervals.save", "25"]
+    arguments = ["train", "digits", "--recipe", "digits", *sizes, "--pretrain.batch", "32", "--finetune.batch", "32"]
+    assert run_command([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    killed = [*arguments, "--out", str(tmp_path / "killed")]
+    chance = random.Random(0)
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, "-m", "maskdm", *killed], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(chance.uniform(5, 12))
+        process.kill()
+        process.wait()
+    assert run_command(killed) == 0
+    for file in ("model", "average", "optimizer"):
+        name = Path("checkpoints", "step-00000300-finetune", f"{file}.safetensors")
+        expected, got = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
+        assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
