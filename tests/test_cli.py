@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,10 @@ def bad_inputs(path: Path) -> dict[str, tuple[list[str], str]]:
         "empty folder": (["train", str(path / "empty"), *out], "empty"),
         "one broken image": (["train", str(path / "broken"), *out], "broken"),
         "size and patch": (["train", "digits", *out, "--image-size", "33", "--patch", "4"], "image_size 33 is not a multiple of patch 4"),
+        "flow": (["train", "digits", *out, "--recipe", "digits", "--schedule", "flow"], "does not fit the rectified flow"),
+        "guidance": (["train", "digits", *out, "--no-conditional", "--guidance", "3"], "guidance needs a model trained with classes"),
+        "empty mask": (["train", "digits", *out, "--mask.ratio", "0.01"], "hides nothing"),
+        "odd size": (["train", "digits", *out, "--image-size", "\u00b2"], "--image-size"),
         "recipe": (["train", "digits", *out, "--recipe", "digit"], "did you mean digits?"),
         "both": (["train", "digits", *out, "--recipe", "digits", "--config", "x"], "name one"),
         "config": (["train", "digits", *out, "--config", str(path / "bad.yaml")], "data.imagesize"),
@@ -159,6 +164,8 @@ def test_changed_settings_are_refused_by_name_unless_forked(finished: Path, caps
     assert len(list(finished.glob("config-before-*.yaml"))) == 1
     assert run_command([*again, "--model.width", "32", "--fork"]) == 2
     assert "model.width: 16 -> 32, which cannot change in a run" in capsys.readouterr().err
+    assert run_command([*again, "--stages", "[{name: finetune, budget: {steps: 10}}]", "--fork"]) == 2
+    assert "has the stages pretrain, finetune" in capsys.readouterr().err
 
 
 def test_other_data_and_damage_are_refused_by_name(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,16 +220,39 @@ def test_init_prints_the_weight_report(finished: Path, tmp_path: Path, capsys: p
     said = capsys.readouterr().err
     assert code == 0, said
     for line in (
-        "resized: positions.weight (4 x 4 -> 8 x 8 patches)",
         "re-initialised: class_embedding.weight (10 -> 3 classes)",
         "re-initialised: patch_embedding.weight (1 -> 3 channels)",
     ):
         assert line in said
     assert {each["fate"] for each in json.loads((tmp_path / "tuned" / "run.json").read_text())["init"]} == {
         "loaded",
-        "resized",
         "re-initialised",
     }
+
+
+def test_a_run_cut_short_before_its_first_checkpoint_starts_as_it_was_told(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "again"
+    (out / "samples").mkdir(parents=True)  # as a kill leaves it between the directory and its first files
+    (out / "run.json").write_text("{}")
+    command = ["train", "digits", "--recipe", "digits", "--out", str(out), "--init", str(finished), *TINY]
+    assert run_command(command) == 0
+    whole = load_file(out / "checkpoints" / "step-00000010-finetune" / "model.safetensors")
+    shutil.rmtree(out / "checkpoints")
+    info = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    capsys.readouterr()
+    assert run_command(command) == 0
+    assert "weights from" in capsys.readouterr().err
+    again = load_file(out / "checkpoints" / "step-00000010-finetune" / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_init_of_another_target_is_refused(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "digits", "--recipe", "digits", "--out", str(tmp_path / "x"), "--init", str(finished), *TINY]
+    assert run_command([*command, "--target", "eps"]) == 2
+    assert "was trained with diffusion.target v, this run has eps; use --target v" in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_configuration_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

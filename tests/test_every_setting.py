@@ -79,7 +79,7 @@ CHANGES: dict[str, str] = {
     "data.background": "#000000",
     "data.flip": "0.9",
     "data.heldout": "0.4",
-    "model.kind": "dit",
+    "model.kind": "{kind: dit, width: 16, depth: 3, heads: 2, patch: 2}",
     "model.width": "32",
     "model.depth": "5",
     "model.heads": "4",

@@ -149,6 +149,8 @@ def run_command(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("stopped", 130)
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return _fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         return _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; free some space and run the same command again", 1)

@@ -290,8 +290,8 @@ class Intervals:
     """What happens how often, in steps; and what is kept."""
 
     log: Annotated[int, "steps between lines of metrics"] = 20
-    evaluate: Annotated[int, "steps between measurements of the held-out loss; 0 for never"] = 1000
-    sample: Annotated[int, "steps between grids of samples; 0 for never"] = 1000
+    evaluate: Annotated[int, "steps between measurements of the held-out loss; 0: at the ends of stages only"] = 1000
+    sample: Annotated[int, "steps between grids of samples; 0: at the ends of stages only"] = 1000
     save: Annotated[int, "steps between checkpoints"] = 500
     keep: Annotated[int, "checkpoints kept, the latest ones; the ends of stages are kept always"] = 2
 
@@ -365,6 +365,12 @@ class Config:
                     raise UserError(f"stages.{stage.name}.mask.size {size} does not divide the grid of {down} x {across} patches")
                 case CropMask(size=size) if size > min(down, across):
                     raise UserError(f"stages.{stage.name}.mask.size {size} is larger than the grid of {down} x {across} patches")
+                case BlockMask(ratio=ratio, size=size) if int(ratio * down * across) < size**2:
+                    raise UserError(f"stages.{stage.name}.mask hides nothing: {ratio:.0%} of {down} x {across} patches is no whole block")
+                case PatchMask(ratio=ratio) if int(ratio * down * across) < 1:
+                    raise UserError(f"stages.{stage.name}.mask hides nothing: {ratio:.0%} of {down} x {across} patches is no whole patch")
+                case CropMask(size=size) if size == down == across:
+                    raise UserError(f"stages.{stage.name}.mask hides nothing: its window is the whole grid of {down} x {across} patches")
                 case _:
                     pass
 

@@ -42,6 +42,8 @@ def draw(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -> Kept
     The indices are int64 [batch, kept], sorted, with the same `kept` = num_kept(mask, grid) for all images.
     """
     kept = num_kept(mask, grid)
+    if kept == grid[0] * grid[1]:
+        return None
     match mask:
         case NoMask():
             return None

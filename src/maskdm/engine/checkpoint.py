@@ -48,16 +48,19 @@ def save(folder: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], n
     manifest = partial / _MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": files, **numbers}, indent=1))
     _sync(manifest)
-    final = folder / name
-    shutil.rmtree(final, ignore_errors=True)
+    final, old = folder / name, folder / f".{name}.old"
+    if final.exists():  # out of the way in one move: a kill must not leave half of it
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
     os.replace(partial, final)
     _sync(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def names(folder: Path) -> list[str]:
     """Names of the checkpoints in `folder`, oldest first."""
-    found = [p for p in folder.glob("step-*") if (p / _MANIFEST).is_file() or p.is_dir()]
+    found = [p for p in folder.glob("step-*") if p.is_dir()]
     return [p.name for p in sorted(found, key=lambda p: _step(p.name))]
 
 
@@ -72,7 +75,7 @@ def load(path: Path) -> Checkpoint:
     try:
         manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
         files: dict[str, dict[str, Any]] = manifest["files"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"checkpoint {path / _MANIFEST} is missing or damaged{way_out}") from None
     if manifest.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} has format {manifest.get('format')}, and this version of maskdm reads format {FORMAT}")

@@ -36,7 +36,7 @@ def this_machine(hardware: Hardware) -> Machine:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("hardware.device is mps, but torch sees none here; use --device cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    has_bf16 = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and _has_bf16()
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else kind == "cpu" and _has_bf16()
     precision = hardware.precision if hardware.precision != "auto" else "bf16" if has_bf16 else "fp32"
     if precision == "fp16" and kind == "cpu":
         raise UserError("hardware.precision is fp16, which a CPU is slow at; use bf16 or fp32")

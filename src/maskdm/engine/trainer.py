@@ -39,6 +39,11 @@ class StageProgress:
         used = ((self.steps, budget.steps), (self.images, budget.images), (self.seconds / 60, budget.minutes))
         return min(1.0, max(done / limit for done, limit in used if limit is not None))
 
+    def course(self, budget: Budget) -> float:
+        """How far the learning rate's course has run: by steps and images where they are limited, so that no clock disturbs it."""
+        timeless = Budget(budget.steps, budget.images) if budget.steps or budget.images else budget
+        return self.share(timeless)
+
 
 @dataclass
 class Progress:
@@ -141,7 +146,7 @@ class Trainer:
     def _step(self, stage: Stage, done: StageProgress) -> Step:
         started = time.perf_counter()
         number = self.progress.step
-        lr = learning_rate(stage, done.steps, done.share(stage.budget))
+        lr = learning_rate(stage, done.steps, done.course(stage.budget))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=self.device)

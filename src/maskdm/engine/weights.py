@@ -27,7 +27,7 @@ class Transfer:
     reason: str = ""
 
 
-def transfer(source: Denoiser, weights: Mapping[str, Tensor], target: Denoiser) -> list[Transfer]:
+def transfer(source: Denoiser, weights: Mapping[str, Tensor], target: Denoiser, same_classes: bool = True) -> list[Transfer]:
     """Load `weights` of a network like `source` into `target`; returns each tensor's fate.
 
     Positions are interpolated to another grid, class embeddings re-initialised for other classes (the null class is kept),
@@ -38,7 +38,7 @@ def transfer(source: Denoiser, weights: Mapping[str, Tensor], target: Denoiser) 
     fates: list[Transfer] = []
     for name, fresh in state.items():
         old = weights.get(name)
-        if old is not None and old.shape == fresh.shape and not _renumbered(name, source, target):
+        if old is not None and old.shape == fresh.shape and not _renumbered(name, source, target, same_classes):
             state[name] = old
             fates.append(Transfer(name, "loaded"))
             continue
@@ -65,11 +65,9 @@ def _check_same_network(source: Denoiser, target: Denoiser) -> None:
             raise UserError(f"--init has model.{setting} {theirs} and this run {ours}; use --model.{setting} {theirs}")
 
 
-def _renumbered(name: str, source: Denoiser, target: Denoiser) -> bool:
-    """Tables of equal shape whose rows mean something else: 16 x 4 positions are not 8 x 8."""
-    if name == POSITIONS:
-        return source.grid != target.grid
-    return False
+def _renumbered(name: str, source: Denoiser, target: Denoiser, same_classes: bool) -> bool:
+    """Tables of equal shape whose rows mean something else: 16 x 4 positions are not 8 x 8, ten digits not ten animals."""
+    return (name == POSITIONS and source.grid != target.grid) or (name == CLASSES and not same_classes)
 
 
 def _adapt(name: str, old: Tensor | None, fresh: Tensor, source: Denoiser, target: Denoiser) -> tuple[Tensor, Transfer]:
@@ -82,7 +80,8 @@ def _adapt(name: str, old: Tensor | None, fresh: Tensor, source: Denoiser, targe
         value = fresh.clone()
         if old is not None:
             value[-1] = old[-1]
-        return value, Transfer(name, "re-initialised", f"{source.num_classes} -> {target.num_classes} classes")
+        other = ", other ones" if source.num_classes == target.num_classes else ""
+        return value, Transfer(name, "re-initialised", f"{source.num_classes} -> {target.num_classes} classes{other}")
     channels = (source.config["in_channels"], target.config["in_channels"])
     if name in PIXELS and channels[0] != channels[1]:
         return fresh, Transfer(name, "re-initialised", f"{channels[0]} -> {channels[1]} channels")

@@ -42,7 +42,7 @@ def choose(facts: Facts, image_size: tuple[int, int] | None = None, init: Config
         image_size=size,
         channels=1 if facts.gray else 3,
         conditional=facts.num_classes > 1,
-        heldout=0.2 if facts.count < 2000 else 0.05,
+        heldout=init.data.heldout if init else 0.2 if facts.count < 2000 else 0.05,
     )
     model, why_model = _model(facts, size) if init is None else (init.model, "as in the run to start from")
     tokens = (size[0] // model.patch) * (size[1] // model.patch)
@@ -54,6 +54,7 @@ def choose(facts: Facts, image_size: tuple[int, int] | None = None, init: Config
         diffusion=Diffusion(target="v", stratified=True) if init is None else init.diffusion,
         optimizer=Optimizer(betas=(0.9, 0.99)),
         intervals=Intervals(),
+        seed=init.seed if init else 0,  # so that images held out there stay so here
         sampling=Sampling(num=min(64, max(16, 4 * facts.num_classes))),
     )
     shape = f"{size[0]} x {size[1]}"

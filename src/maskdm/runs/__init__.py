@@ -11,7 +11,7 @@ from maskdm.runs.display import Display
 from maskdm.runs.evaluate import evaluate_run
 from maskdm.runs.observe import Diverged
 from maskdm.runs.resolve import TrainRequest
-from maskdm.runs.sample import SampleRequest, sample
+from maskdm.runs.sample import SampleRequest, check_guidance, sample, sampling_settings
 from maskdm.runs.store import load_pipeline
 from maskdm.runs.train import Interrupted, train
 
@@ -34,7 +34,10 @@ def sample_run(request: SampleRequest, display: Display) -> list[Path]:
     pipeline, origin = load_pipeline(request.run)
     display.note(f"weights: {origin}")
     with display.counting(f"drawing {request.num} images") as progress:
-        return sample(request, pipeline, RunDirectory(request.run).config().sampling, progress)
+        config = RunDirectory(request.run).config()
+        settings = sampling_settings(config.sampling, request)
+        check_guidance(settings.guidance, config.data.conditional, config.diffusion.label_drop)
+        return sample(request, pipeline, config.sampling, progress)
 
 
 def report_run(path: Path) -> Path:

@@ -47,7 +47,8 @@ class RunDirectory:
         """Raise UserError where a run cannot be: a file, or a directory with other things in it."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file; give a directory")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.started:
+        cut_short = {self.samples.name, self.run_file.name, f".{self.run_file.name}.partial", f".{self.config_file.name}.partial"}
+        if self.path.is_dir() and not self.started and not {p.name for p in self.path.iterdir()} <= cut_short:
             raise UserError(f"--out {self.path} holds files that are not a run's; give an empty or a new directory")
         parent = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(parent, os.W_OK):

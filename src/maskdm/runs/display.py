@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ LINE_SECONDS = 20.0
 
 
 class Display:
-    """Prints to standard error what goes on; results go to standard output."""
+    """Prints what goes on to standard error; results are the caller's to print."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -86,8 +85,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def say_result(text: str) -> None:
-    """Print a result to standard output."""
-    sys.stdout.write(text + "\n")

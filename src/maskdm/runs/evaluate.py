@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -17,7 +18,7 @@ from maskdm.pictures import grid
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory, write_text
 from maskdm.runs.display import Display
-from maskdm.runs.sample import SampleRequest, choose_labels, draw_images, sampling_settings
+from maskdm.runs.sample import SampleRequest, check_guidance, choose_labels, draw_images, sampling_settings
 from maskdm.runs.store import cache_directory, load_pipeline
 from maskdm.sampling import make_scheduler
 
@@ -38,6 +39,7 @@ def evaluate_run(request: SampleRequest, data: str | None, display: Display) -> 
             f"{request.run} holds out {len(heldout)} images; train with a larger --heldout to evaluate against images never seen"
         )
     settings = sampling_settings(config.sampling, request)
+    check_guidance(settings.guidance, config.data.conditional, config.diffusion.label_drop)
     pipeline.scheduler = make_scheduler(settings.scheduler, config.diffusion.schedule, config.diffusion.target)
     labels = choose_labels(pipeline.config["class_names"], (), request.num)
     with display.counting(f"drawing {request.num} samples") as progress:
@@ -81,7 +83,9 @@ def _dataset(run: RunDirectory, config: Config, data: str | None, display: Displ
     source = open_source(data or config.data.source)
     with display.counting("decoding images") as progress:
         dataset = prepare(source, config.data, cache_directory(), progress)
-    if dataset.content_hash != run.info()["data"]["content_hash"]:
+    known = run.info()["data"]
+    same_classes = not known["classes"] or list(dataset.class_names) == known["classes"]
+    if dataset.content_hash != known["content_hash"] or not same_classes:
         raise UserError(
             f"{source.name} is not the data that {run.path} was trained on, or has changed since; its held-out images are unknown"
         )
@@ -89,7 +93,8 @@ def _dataset(run: RunDirectory, config: Config, data: str | None, display: Displ
 
 
 def _network(config: Config, dataset: Dataset, training: NDArray[np.int64], heldout: NDArray[np.int64], seed: int) -> FeatureNetwork:
-    key = f"{dataset.content_hash}-{config.data.heldout}-{config.seed}-{seed}"
+    classes = hashlib.sha256(json.dumps([dataset.class_names, None if dataset.labels is None else dataset.labels.tolist()]).encode())
+    key = f"{dataset.content_hash}-{classes.hexdigest()[:16]}-{config.data.heldout}-{config.seed}-{seed}"
     return cached_self(
         cache_directory() / "features",
         key,
@@ -106,7 +111,8 @@ def _images(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def _labels(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    return None if dataset.labels is None else dataset.labels[rows]
+    known = dataset.labels is not None and (dataset.labels >= 0).all()  # a judge cannot learn from images without a class
+    return dataset.labels[rows] if dataset.labels is not None and known else None
 
 
 def _summary(metrics: dict[str, Any], run: RunDirectory) -> str:

@@ -42,9 +42,10 @@ class Observer:
 
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.heldout = heldout
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=trainer.progress.step)
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=trainer.progress.step + 1)
         self._losses = torch.zeros((), device=trainer.device)
         self._count = 0
+        self._saved = -1
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
@@ -57,6 +58,9 @@ class Observer:
         """Continue with a saved meter."""
         self._losses.fill_(meter["losses"])
         self._count = int(meter["count"])
+        progress = self.trainer.progress
+        if progress.stage < len(progress.stages):
+            self._speed = (progress.stages[progress.stage].images, progress.seconds)
 
     # --- each step ---
 
@@ -64,7 +68,7 @@ class Observer:
         """Do whatever is due after a step."""
         every = self.config.intervals
         if step.stage_step == 1:
-            self.run.log("stage", step.number - 1, stage=step.stage.name, state="start")
+            self.run.log("stage", step.number, stage=step.stage.name, state="start")
             self._speed = (0, self.trainer.progress.seconds - self._stage_seconds())
         self._losses += step.loss
         self._count += 1
@@ -105,8 +109,14 @@ class Observer:
     def save(self, step: Step) -> None:
         """Write a checkpoint, unless the step went wrong."""
         self._check_finite(step)
+        self._saved = step.number
         save_checkpoint(self.run, self.trainer, self.meter(), step.stage.name if step.ends_stage else None)
         self.update_info("running", None)
+
+    def save_once(self, step: Step) -> None:
+        """Write a checkpoint, if there is none of this step."""
+        if self._saved != step.number:
+            self.save(step)
 
     def update_info(self, status: str, error: str | None) -> None:
         """Bring run.json up to date."""

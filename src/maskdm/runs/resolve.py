@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from maskdm.config import Config
 from maskdm.data import Source, Summary, inspect, open_source
@@ -12,13 +13,15 @@ from maskdm.errors import UserError
 from maskdm.recipes import choose, recipe
 from maskdm.recipes.automatic import Facts
 from maskdm.runs.directory import RunDirectory
+from maskdm.runs.sample import check_guidance
+from maskdm.sampling import make_scheduler
 from maskdm.settings import differences, find, merge, override, read_yaml
 
 Assignments = tuple[tuple[str, str], ...]
 """Settings given on the command line, as (name, text)."""
 
-FIXED = ("data.", "model.", "diffusion.", "init")
-"""Settings that a run cannot change once begun, --fork or not: its data, its network, what that predicts, its origin."""
+FIXED = ("data.", "model.", "diffusion.", "init", "seed")
+"""Settings that a run cannot change once begun, --fork or not: its data and what is held out, network, target, origin."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ def resolve(request: TrainRequest) -> Resolved:
     machine = this_machine(config.hardware)
     hardware = replace(config.hardware, device=machine.device.type, precision=machine.precision)  # pyright: ignore[reportArgumentType]
     config = replace(config, hardware=hardware)
+    make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)  # refuses what does not fit
+    check_guidance(config.sampling.guidance, config.data.conditional, config.diffusion.label_drop)
+    reasons = (*reasons, *(f"given: {change}" for change in differences(base, config) if not change.startswith("data.source")))
     changed = _changes(run, config, request.fork) if run.started else ()
     return Resolved(config, reasons, source, machine, changed)
 
@@ -71,28 +77,28 @@ def resolve(request: TrainRequest) -> Resolved:
 def _base(request: TrainRequest, run: RunDirectory, source: Source) -> tuple[Config, tuple[str, ...]]:
     if request.recipe:
         return recipe(request.recipe, request.data), (f"recipe {request.recipe}",)
-    if run.started and request.config_file is None:
-        return run.config(), (f"the settings that {request.out} began with",)
-    config, reasons = _automatic(request, source)
+    file = {} if request.config_file is None else read_yaml(request.config_file)
+    config, reasons = (run.config(), (f"the settings that {request.out} began with",)) if run.started else _automatic(request, source, file)
     if request.config_file is None:
         return config, reasons
-    plain = read_yaml(request.config_file)
-    return merge(config, plain, str(request.config_file)), (f"settings from {request.config_file}; the rest chosen:", *reasons)
+    return merge(config, file, str(request.config_file)), (f"settings from {request.config_file}; the rest:", *reasons)
 
 
-def _automatic(request: TrainRequest, source: Source) -> tuple[Config, tuple[str, ...]]:
+def _automatic(request: TrainRequest, source: Source, file: Any) -> tuple[Config, tuple[str, ...]]:
     """Choose from the data and the machine, knowing the image size, device and origin where they are given."""
     summary = inspect(source)
     if summary.readable == 0:
         raise UserError(f"no image of {request.data} can be read; `maskdm data {request.data}` lists what is wrong with each")
     probe = choose(Facts(request.data, summary.count, 32, 32, False, 0, True, 1e9)).config
+    early = merge(probe, {key: file[key] for key in ("hardware", "init") if key in file}, str(request.config_file))
     given = {find(probe, name).path: (name, text) for name, text in request.settings if name in _early_names(probe, request.settings)}
-    early = override(probe, [given[path] for path in ("init", "hardware.device") if path in given])
+    early = override(early, [given[path] for path in ("init", "hardware.device") if path in given])
+    sizes = [file["data"]["image_size"]] if isinstance(file.get("data"), dict) and "image_size" in file["data"] else []
+    sizes += [given["data.image_size"][1]] if "data.image_size" in given else []
     machine = this_machine(early.hardware)
     init = RunDirectory.existing(Path(early.init)).config() if early.init else None
-    size = parse_size(given["data.image_size"][1]) if "data.image_size" in given else None
     facts = facts_of(source, summary, machine)
-    choice = choose(facts, size, init)
+    choice = choose(facts, parse_size(sizes[-1]) if sizes else None, init)
     return choice.config, choice.reasons
 
 
@@ -116,17 +122,17 @@ def facts_of(source: Source, summary: Summary, machine: Machine) -> Facts:
         height=summary.median_height,
         width=summary.median_width,
         gray=summary.gray,
-        num_classes=len(source.class_names),
+        num_classes=len(source.class_names) if source.labels is not None and (source.labels >= 0).all() else 0,
         on_cpu=machine.device.type == "cpu",
         flops=machine.flops,
     )
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Height and width from "64" or "64x96". Raises UserError."""
-    sides = text.lower().split("x")
-    if not all(side.isdigit() for side in sides) or len(sides) > 2:
-        raise UserError(f"--image-size is '{text}'; give a number of pixels, or height x width such as 64x96")
+def parse_size(size: Any) -> tuple[int, int]:
+    """Height and width from 64, "64", "64x96" or [64, 96]. Raises UserError."""
+    sides = [str(side) for side in size] if isinstance(size, list) else str(size).lower().split("x")
+    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
+        raise UserError(f"--image-size is '{size}'; give a number of pixels, or height x width such as 64x96")
     return int(sides[0]), int(sides[-1])
 
 
@@ -146,6 +152,9 @@ def _changes(run: RunDirectory, config: Config, fork: bool) -> tuple[str, ...]:
     fixed = [change for change in changed if change.startswith(FIXED)]
     if fixed:
         raise UserError(f"{run.path} was begun with another {fixed[0]}, which cannot change in a run; give another --out")
+    began, now = ([stage.name for stage in each.stages] for each in (before, config))
+    if now[: len(began)] != began:
+        raise UserError(f"{run.path} has the stages {', '.join(began)}, which cannot be renamed or removed; give another --out, and --init")
     if changed and not fork:
         raise UserError(f"{run.path} was begun with another {changed[0]}; leave it out, give another --out, or --fork to go on so")
     return tuple(changed)

@@ -70,8 +70,6 @@ def sample(request: SampleRequest, pipeline: MaskDMPipeline, settings: Sampling,
     """Write sample-000000.png and so on, and grid.png. Returns the paths, the grid last. Raises UserError."""
     if request.num < 1 or request.batch < 1:
         raise UserError("--num and --batch must be at least 1")
-    if request.guidance not in (None, 1.0) and pipeline.unet.num_classes == 0:
-        raise UserError("--guidance needs a model trained with classes; this one has none")
     settings = sampling_settings(settings, request)
     pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
     labels = choose_labels(pipeline.config["class_names"], request.labels, request.num)
@@ -88,8 +86,19 @@ def sample(request: SampleRequest, pipeline: MaskDMPipeline, settings: Sampling,
     return [*paths, overview]
 
 
+def check_guidance(guidance: float, conditional: bool, label_drop: float) -> None:
+    """Raise UserError where guidance would have nothing to work with."""
+    if guidance != 1 and not conditional:
+        raise UserError("guidance needs a model trained with classes, and this one is not; leave it at 1")
+    if guidance != 1 and label_drop == 0:
+        raise UserError("guidance needs a null class that was trained, and diffusion.label_drop is 0; leave it at 1")
+
+
 def sampling_settings(settings: Sampling, request: SampleRequest) -> Sampling:
     """A run's settings with those that a request gives in their place."""
+    scheduler = request.scheduler or settings.scheduler
+    if request.eta and scheduler != "ddim":
+        raise UserError(f"--eta belongs to the scheduler ddim, and not to {scheduler}; leave it out")
     given = {key: getattr(request, key) for key in ("steps", "scheduler", "eta", "guidance") if getattr(request, key) is not None}
     return replace(settings, **given)
 

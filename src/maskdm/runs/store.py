@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from maskdm.config import Config
-from maskdm.engine import Trainer, checkpoint
+from maskdm.config import Config, Hardware
+from maskdm.engine import Trainer, checkpoint, this_machine
 from maskdm.errors import UserError
 from maskdm.models import Denoiser, build
 from maskdm.runs.directory import RunDirectory, Weights
@@ -39,9 +40,9 @@ def save_checkpoint(run: RunDirectory, trainer: Trainer, meter: Mapping[str, flo
     return path
 
 
-def num_classes(run: RunDirectory, config: Config) -> int:
-    """Classes that the run's network knows."""
-    return len(run.info()["data"]["classes"]) if config.data.conditional else 0
+def class_names(path: Path) -> list[str]:
+    """Names of the classes that a run's network knows; none where it is unconditional."""
+    return RunDirectory.existing(path).info()["data"]["classes"]
 
 
 def load_denoiser(path: Path, weights: Weights) -> tuple[Denoiser, dict[str, Tensor], str]:
@@ -51,7 +52,7 @@ def load_denoiser(path: Path, weights: Weights) -> tuple[Denoiser, dict[str, Ten
     """
     run = RunDirectory.existing(path)
     config = run.config()
-    model = build(config.model, config.data, num_classes(run, config))
+    model = build(config.model, config.data, len(class_names(path)))
     latest = latest_checkpoint(run)
     if latest is None:
         raise UserError(f"{path} has no checkpoint yet; train it first")
@@ -81,10 +82,12 @@ def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
 
 
 def load_pipeline(path: Path) -> tuple[MaskDMPipeline, str]:
-    """The pipeline of a run (its averaged weights, from the model folder or else the latest checkpoint), and whence."""
-    run = RunDirectory.existing(path)
-    config = run.config()
+    """The pipeline of a run, with the averaged weights of its latest checkpoint, on this machine's device; and whence."""
+    config = RunDirectory.existing(path).config()
     model, weights, origin = load_denoiser(path, "ema")
     model.load_state_dict(weights)
-    names: list[str] = run.info()["data"]["classes"]
-    return make_pipeline(model.eval(), config, names), origin
+    machine = this_machine(Hardware())
+    torch.set_num_threads(machine.cores)
+    pipeline = make_pipeline(model.eval(), config, class_names(path))
+    pipeline.to(machine.device)
+    return pipeline, origin

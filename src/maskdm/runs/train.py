@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Generator
@@ -18,6 +19,7 @@ from maskdm.config import Config
 from maskdm.data import Dataset, Loader, prepare
 from maskdm.draws import derive
 from maskdm.engine import Trainer, Transfer, checkpoint, environment, transfer
+from maskdm.errors import UserError
 from maskdm.models import Denoiser, build
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
@@ -25,7 +27,7 @@ from maskdm.runs.display import Display
 from maskdm.runs.observe import Observer
 from maskdm.runs.plan import plan_lines, stage_records
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
-from maskdm.runs.store import cache_directory, latest_checkpoint, load_denoiser
+from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, load_denoiser
 from maskdm.settings import to_yaml
 
 
@@ -43,16 +45,24 @@ def train(request: TrainRequest, command: str, display: Display) -> str:
     if request.dry_run:
         return to_yaml(config)
     if run.started and run.info()["status"] == "finished" and not resolved.changed:
+        write_report(run.path)  # a kill may have come between the last two
         return f"{run.path} is finished already; nothing to do\n{_results(run)}"
     _set_up_torch(config, resolved)
     dataset = _prepare(resolved, display)
-    model = build(config.model, config.data, len(dataset.class_names) if config.data.conditional else 0)
-    report = _initialize(config, model, display) if not run.started else []
+    classes = list(dataset.class_names) if config.data.conditional else []
+    model = build(config.model, config.data, len(classes))
+    latest = latest_checkpoint(run)
+    report = _initialize(config, model, classes, display) if latest is None else []
     training, heldout = dataset.split(config.data.heldout, config.seed)
     trainer = Trainer(config, Loader(dataset, training, config.seed), model, resolved.machine.device, resolved.machine.precision)
-    _begin(run, resolved, dataset, trainer, command, report)
+    saved = None if latest is None else checkpoint.load(latest)
+    if saved is not None:
+        trainer.restore(saved.tensors, saved.numbers)
+        display.note(f"resuming from {saved.path} (step {trainer.progress.step})")
+    _begin(run, resolved, dataset, trainer, command, report, display)
     observer = Observer(run, config, trainer, dataset, heldout)
-    _restore(run, trainer, observer, resolved, display)
+    if saved is not None:
+        observer.restore(saved.numbers["meter"])
     _run(run, trainer, observer, display)
     observer.finish()
     return f"trained in {trainer.progress.seconds:.0f} s\n{_results(run)}"
@@ -91,12 +101,18 @@ def _prepare(resolved: Resolved, display: Display) -> Dataset:
     return dataset
 
 
-def _initialize(config: Config, model: Denoiser, display: Display) -> list[Transfer]:
+def _initialize(config: Config, model: Denoiser, classes: list[str], display: Display) -> list[Transfer]:
     """Start from another run's weights, where `init` names one, and say what became of each tensor."""
     if config.init is None:
         return []
-    source, weights, origin = load_denoiser(Path(config.init), config.stages[0].start_from)
-    report = transfer(source, weights, model)
+    path = Path(config.init)
+    theirs = RunDirectory.existing(path).config()
+    for name in ("target", "schedule"):
+        was, now = getattr(theirs.diffusion, name), getattr(config.diffusion, name)
+        if was != now:
+            raise UserError(f"--init {path} was trained with diffusion.{name} {was}, this run has {now}; use --{name} {was}")
+    source, weights, origin = load_denoiser(path, config.stages[0].start_from)
+    report = transfer(source, weights, model, same_classes=class_names(path) == classes)
     display.heading(f"weights from {origin}")
     for fate in ("loaded", "resized", "re-initialised", "unused"):
         of_fate = [each for each in report if each.fate == fate]
@@ -108,13 +124,18 @@ def _initialize(config: Config, model: Denoiser, display: Display) -> list[Trans
     return report
 
 
-def _begin(run: RunDirectory, resolved: Resolved, dataset: Dataset, trainer: Trainer, command: str, report: list[Transfer]) -> None:
+def _begin(
+    run: RunDirectory, resolved: Resolved, dataset: Dataset, trainer: Trainer, command: str, report: list[Transfer], display: Display
+) -> None:
     """Write the configuration and run.json of a new run; update those of one that goes on."""
     config = resolved.config
+    step = trainer.progress.step
+    resumed = step > 0
     run.create()
     info: dict[str, Any] = (
         run.info() if run.started else {"created": datetime.now().astimezone().isoformat(timespec="seconds"), "command": command}
     )
+    threads = info.get("environment", {}).get("threads")
     info |= {
         "version": maskdm.__version__,
         "status": "running",
@@ -131,9 +152,16 @@ def _begin(run: RunDirectory, resolved: Resolved, dataset: Dataset, trainer: Tra
     if report:
         info["init"] = [{"name": each.name, "fate": each.fate, "reason": each.reason} for each in report]
     if resolved.changed:
-        run.config_file.replace(run.path / f"config-before-{datetime.now():%Y%m%d-%H%M%S}.yaml")
+        shutil.copy2(run.config_file, run.path / f"config-before-{datetime.now():%Y%m%d-%H%M%S}.yaml")
     run.write_info(info)
     run.write_config(config)
+    run.forget_after(step if resumed else -1)
+    if resumed:
+        run.log("resume", step)
+    if resolved.changed:
+        run.log("fork", step, changed=list(resolved.changed))
+    if resumed and threads not in (None, torch.get_num_threads()):
+        display.note(f"begun with {threads} threads, now {torch.get_num_threads()}: the weights are no longer the same bit for bit")
 
 
 def _describe(resolved: Resolved, dataset: Dataset) -> dict[str, Any]:
@@ -155,23 +183,6 @@ def _describe(resolved: Resolved, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _restore(run: RunDirectory, trainer: Trainer, observer: Observer, resolved: Resolved, display: Display) -> None:
-    """Continue from the latest checkpoint, if there is one."""
-    path = latest_checkpoint(run)
-    if path is None:
-        run.forget_after(-1)
-        return
-    saved = checkpoint.load(path)
-    trainer.restore(saved.tensors, saved.numbers)
-    observer.restore(saved.numbers["meter"])
-    step = trainer.progress.step
-    run.forget_after(step)
-    run.log("resume", step)
-    if resolved.changed:
-        run.log("fork", step, changed=list(resolved.changed))
-    display.note(f"resuming from {path} (step {step})")
-
-
 def _run(run: RunDirectory, trainer: Trainer, observer: Observer, display: Display) -> None:
     config = trainer.config
     try:
@@ -179,10 +190,11 @@ def _run(run: RunDirectory, trainer: Trainer, observer: Observer, display: Displ
             for step in trainer.run():
                 observer.after(step, bar)
                 if stop:
-                    observer.save(step)
+                    observer.save_once(step)
                     raise Interrupted(f"stopped by {stop[0]} at step {step.number} and saved; the same command resumes")
     except (Interrupted, KeyboardInterrupt):
         observer.update_info("stopped", None)
+        write_report(run.path)
         raise
     except Exception as error:
         observer.update_info("failed", str(error))
