@@ -87,6 +87,7 @@ def bad_inputs(path: Path) -> dict[str, tuple[list[str], str]]:
         "misspelt name": (["train", "digit", *out], "did you mean digits?"),
         "empty folder": (["train", str(path / "empty"), *out], "empty"),
         "one broken image": (["train", str(path / "broken"), *out], "broken"),
+        "odd side": (["train", "digits", *out, "--image-size", "33"], "use --image-size 32"),
         "size and patch": (["train", "digits", *out, "--image-size", "33", "--patch", "4"], "image_size 33 is not a multiple of patch 4"),
         "flow": (["train", "digits", *out, "--recipe", "digits", "--schedule", "flow"], "does not fit the rectified flow"),
         "guidance": (["train", "digits", *out, "--no-conditional", "--guidance", "3"], "guidance needs a model trained with classes"),
@@ -275,7 +276,15 @@ def test_data_says_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "d" / "cats" / "bad.png").write_text("x")
     assert run_command(["data", str(tmp_path / "d")]) == 0
     said = capsys.readouterr().out
-    for text in ("images: 7", "20 x 30", "cats (3), dogs & co (3)", "broken, skipped: 1", "bad.png", "exact duplicates", "--max-broken"):
+    for text in (
+        "images: 7",
+        "20 x 30 (6)",
+        "cats (3), dogs & co (3)",
+        "broken, skipped: 1",
+        "bad.png",
+        "exact duplicates",
+        "--max-broken",
+    ):
         assert text in said
 
 

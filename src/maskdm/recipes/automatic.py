@@ -79,14 +79,14 @@ def _side(facts: Facts) -> tuple[int, str]:
 def _model(facts: Facts, size: tuple[int, int]) -> tuple[Model, str]:
     side = min(size)
     patch = 2 if side < 32 else 4 if side < 256 or facts.on_cpu else 8
-    while any(s % patch for s in size):
+    while patch > 2 and any(s % patch for s in size):
         patch //= 2
     if facts.on_cpu:
         width, depth, heads = (128, 7, 4) if side < 16 else (192, 9, 6)
     else:
         width, depth, heads = (512, 12, 8) if side <= 64 else (768, 12, 12)
     why = f"the DiT learns faster than the paper's U-ViT here (docs/experiments.md); sized for {'a CPU' if facts.on_cpu else 'a GPU'}"
-    return DiTConfig(width, depth, heads, max(patch, 1)), why
+    return DiTConfig(width, depth, heads, patch), why
 
 
 def _stages(facts: Facts, model: Model, tokens: int, fine_tune: bool) -> tuple[tuple[Stage, ...], tuple[str, ...]]:

@@ -44,8 +44,7 @@ def describe_data(location: str, image_size: str | None, display: Display) -> st
 
 
 def _summary_lines(summary: Summary) -> list[str]:
-    sizes = Counter(summary.sizes).most_common(3)
-    common = ", ".join(f"{height} x {width} ({count})" for (height, width), count in sizes)
+    common = ", ".join(f"{height} x {width} ({count})" for (height, width), count in summary.sizes[:3])
     return [
         f"images: {summary.count}",
         f"sizes (height x width): median {summary.median_height} x {summary.median_width}; most common {common}",
