@@ -11,7 +11,7 @@ SHORT := $(if $(MINUTES),--pretrain.budget.minutes $(MINUTES) --finetune.budget.
 
 quickstart: $(VENV)/.installed
 	$(BIN)/maskdm train digits --recipe digits --out $(QUICKSTART) $(SHORT)
-	$(BIN)/maskdm evaluate $(QUICKSTART) --num 1000
+	test $(QUICKSTART)/metrics.json -nt $(QUICKSTART)/model || $(BIN)/maskdm evaluate $(QUICKSTART) --num 1000
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

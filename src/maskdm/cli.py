@@ -148,6 +148,9 @@ def run_command(arguments: list[str]) -> int:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("stopped", 130)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             return _fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}", 2)

@@ -69,7 +69,14 @@ def resolve(request: TrainRequest) -> Resolved:
     config = replace(config, hardware=hardware)
     make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)  # refuses what does not fit
     check_guidance(config.sampling.guidance, config.data.conditional, config.diffusion.label_drop)
-    reasons = (*reasons, *(f"given: {change}" for change in differences(base, config) if not change.startswith("data.source")))
+    reasons = (
+        *reasons,
+        *(
+            f"given: {change}"
+            for change in differences(base, config)
+            if ": auto -> " not in change and not change.startswith("data.source")
+        ),
+    )
     changed = _changes(run, config, request.fork) if run.started else ()
     return Resolved(config, reasons, source, machine, changed)
 
