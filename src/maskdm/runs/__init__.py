@@ -11,7 +11,7 @@ from maskdm.runs.display import Display
 from maskdm.runs.evaluate import evaluate_run
 from maskdm.runs.observe import Diverged
 from maskdm.runs.resolve import TrainRequest
-from maskdm.runs.sample import SampleRequest, check_guidance, sample, sampling_settings
+from maskdm.runs.sample import SampleRequest, sample, sampling_settings
 from maskdm.runs.store import load_pipeline
 from maskdm.runs.train import Interrupted, train
 
@@ -33,11 +33,9 @@ def sample_run(request: SampleRequest, display: Display) -> list[Path]:
     """Draw images from the run that the request names. Raises UserError."""
     pipeline, origin = load_pipeline(request.run)
     display.note(f"weights: {origin}")
+    settings = sampling_settings(RunDirectory(request.run).config(), request)
     with display.counting(f"drawing {request.num} images") as progress:
-        config = RunDirectory(request.run).config()
-        settings = sampling_settings(config.sampling, request)
-        check_guidance(settings.guidance, config.data.conditional, config.diffusion.label_drop)
-        return sample(request, pipeline, config.sampling, progress)
+        return sample(request, pipeline, settings, progress)
 
 
 def report_run(path: Path) -> Path:

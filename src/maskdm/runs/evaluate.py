@@ -18,7 +18,7 @@ from maskdm.pictures import grid
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory, write_text
 from maskdm.runs.display import Display
-from maskdm.runs.sample import SampleRequest, check_guidance, choose_labels, draw_images, sampling_settings
+from maskdm.runs.sample import SampleRequest, choose_labels, draw_images, sampling_settings
 from maskdm.runs.store import cache_directory, load_pipeline
 from maskdm.sampling import make_scheduler
 
@@ -38,8 +38,7 @@ def evaluate_run(request: SampleRequest, data: str | None, display: Display) -> 
         raise UserError(
             f"{request.run} holds out {len(heldout)} images; train with a larger --heldout to evaluate against images never seen"
         )
-    settings = sampling_settings(config.sampling, request)
-    check_guidance(settings.guidance, config.data.conditional, config.diffusion.label_drop)
+    settings = sampling_settings(config, request)
     pipeline.scheduler = make_scheduler(settings.scheduler, config.diffusion.schedule, config.diffusion.target)
     labels = choose_labels(pipeline.config["class_names"], (), request.num)
     with display.counting(f"drawing {request.num} samples") as progress:

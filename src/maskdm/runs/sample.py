@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from maskdm.config import Sampling, SchedulerName
+from maskdm.config import Config, Sampling, SchedulerName
 from maskdm.data import to_uint8
 from maskdm.errors import UserError, nearest
 from maskdm.pictures import grid, to_pil
@@ -67,10 +67,12 @@ class SampleRequest:
 
 
 def sample(request: SampleRequest, pipeline: MaskDMPipeline, settings: Sampling, progress: Callable[[int, int], None] | None) -> list[Path]:
-    """Write sample-000000.png and so on, and grid.png. Returns the paths, the grid last. Raises UserError."""
+    """Write sample-000000.png and so on, and grid.png, under settings from `sampling_settings`.
+
+    Returns the paths, the grid last. Raises UserError.
+    """
     if request.num < 1 or request.batch < 1:
         raise UserError("--num and --batch must be at least 1")
-    settings = sampling_settings(settings, request)
     pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
     labels = choose_labels(pipeline.config["class_names"], request.labels, request.num)
     try:
@@ -94,13 +96,15 @@ def check_guidance(guidance: float, conditional: bool, label_drop: float) -> Non
         raise UserError("guidance needs a null class that was trained, and diffusion.label_drop is 0; leave it at 1")
 
 
-def sampling_settings(settings: Sampling, request: SampleRequest) -> Sampling:
-    """A run's settings with those that a request gives in their place."""
-    scheduler = request.scheduler or settings.scheduler
+def sampling_settings(config: Config, request: SampleRequest) -> Sampling:
+    """A run's settings with those that a request gives in their place. Raises UserError for those that the run cannot follow."""
+    scheduler = request.scheduler or config.sampling.scheduler
     if request.eta and scheduler != "ddim":
         raise UserError(f"--eta belongs to the scheduler ddim, and not to {scheduler}; leave it out")
     given = {key: getattr(request, key) for key in ("steps", "scheduler", "eta", "guidance") if getattr(request, key) is not None}
-    return replace(settings, **given)
+    settings = replace(config.sampling, **given)
+    check_guidance(settings.guidance, config.data.conditional, config.diffusion.label_drop)
+    return settings
 
 
 def choose_labels(names: Sequence[str], wanted: Sequence[str], num: int) -> list[int] | None:
