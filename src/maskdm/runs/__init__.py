@@ -8,7 +8,7 @@ from maskdm.report import write_report
 from maskdm.runs.data import describe_data
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
-from maskdm.runs.evaluate import evaluate_run
+from maskdm.runs.evaluate import EvaluateRequest, evaluate
 from maskdm.runs.observe import Diverged
 from maskdm.runs.resolve import TrainRequest
 from maskdm.runs.sample import SampleRequest, sample, sampling_settings
@@ -18,11 +18,12 @@ from maskdm.runs.train import Interrupted, train
 __all__ = [
     "Display",
     "Diverged",
+    "EvaluateRequest",
     "Interrupted",
     "SampleRequest",
     "TrainRequest",
     "describe_data",
-    "evaluate_run",
+    "evaluate",
     "report_run",
     "sample_run",
     "train",
