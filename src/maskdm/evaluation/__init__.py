@@ -11,8 +11,9 @@ from maskdm.evaluation.distances import (
     precision_recall,
 )
 from maskdm.evaluation.evaluate import Evaluation, evaluate_samples
-from maskdm.evaluation.features import FeatureNetwork, Images, Labels, load_self
+from maskdm.evaluation.features import FeatureNetwork, Images, Labels
 from maskdm.evaluation.neighbours import Neighbours, nearest
+from maskdm.evaluation.own import SelfNetwork, load_self
 from maskdm.evaluation.training import cached_self, train_self
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Labels",
     "Neighbours",
     "PrecisionRecall",
+    "SelfNetwork",
     "Statistics",
     "cached_self",
     "evaluate_samples",
