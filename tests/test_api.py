@@ -19,7 +19,8 @@ PUBLIC = {
     ],
     "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded"],
     "maskdm.evaluation": [
-        "Evaluation", "FeatureNetwork", "Images", "KernelDistance", "Labels", "Neighbours", "PrecisionRecall", "Statistics",
+        "Evaluation", "FeatureNetwork", "Images", "KernelDistance", "Labels", "Neighbours", "PrecisionRecall", "SelfNetwork",
+        "Statistics",
         "cached_self", "evaluate_samples", "frechet_distance", "kernel_distance", "load_self", "nearest", "precision_recall",
         "train_self",
     ],

@@ -75,9 +75,7 @@ class Evaluate:
 
     run: Annotated[Positional[Path | None], arg(metavar="RUN", help="directory of a run of `maskdm train`")] = None
     images: Annotated[str | None, arg(help="images to measure, instead of a run's samples: anything that --data takes")] = None
-    data: Annotated[str | None, arg(help="the real images; for a run those it was trained on, to be given only where they have moved")] = (
-        None
-    )
+    data: Annotated[str | None, arg(help="the real images; for a run only where those it was trained on have moved")] = None
     features: Annotated[
         str,
         arg(

@@ -6,13 +6,14 @@ from maskdm.evaluation.colour import colour_drift
 from maskdm.evaluation.copies import Matches, Searcher
 from maskdm.evaluation.denoising import DenoisingLoss, denoising_loss, overfitting
 from maskdm.evaluation.evaluate import Evaluation, Subject, evaluate_samples
-from maskdm.evaluation.features import FeatureNetwork, Images, Labels, load_self
+from maskdm.evaluation.features import FeatureNetwork, Images, Labels
 from maskdm.evaluation.frechet import Statistics, frechet_distance, frechet_halves, frechet_infinity, frechet_standard_error
 from maskdm.evaluation.images import Extractor, ImageSet, digest
 from maskdm.evaluation.intervals import Estimate
 from maskdm.evaluation.kernel import KernelDistance, kernel_distance
 from maskdm.evaluation.manifold import Manifold, manifold
 from maskdm.evaluation.neighbours import Neighbours, nearest
+from maskdm.evaluation.own import SelfNetwork, load_self
 from maskdm.evaluation.pieces import Progress, fill
 from maskdm.evaluation.training import cached_self, train_self
 
@@ -31,6 +32,7 @@ __all__ = [
     "Neighbours",
     "Progress",
     "Searcher",
+    "SelfNetwork",
     "Statistics",
     "Subject",
     "cached_self",

@@ -78,8 +78,8 @@ def colour_drift(samples: ImageSet, real: ImageSet) -> dict[str, object]:
             for c, name in enumerate(channels)
         ],
         "histograms": [
-            {"channel": name, "samples": _binned(ours.histograms[c]), "real": _binned(theirs.histograms[c])}
-            for c, name in enumerate(channels)
+            {"channel": name, "samples": _binned(mine), "real": _binned(other)}
+            for name, mine, other in zip(channels, ours.histograms, theirs.histograms, strict=True)
         ],
     }
     drifted = [each for each in statistics if each["drift"]]

@@ -96,12 +96,12 @@ class Searcher:
                 places = candidates[rows].numpy()
                 pictures = thumbnails(self.training.take(places.ravel())).unflatten(0, places.shape)
                 distances, shifts = aligned(each[rows], pictures)
-                found[variant] += list(zip(places, distances.double().numpy(), shifts.numpy(), strict=True))
+                found[variant] += [*zip(places, distances.double().numpy(), shifts.numpy(), strict=True)]
         ratios = torch.stack([_ratio(each.distances) for each in by_features])
         better = ratios.argmin(dim=0)
         every = torch.arange(len(images))
         return Matches(
-            **_merge(*found, self._most),
+            **_merge(found[0], found[1], self._most),
             feature_distances=torch.stack([each.distances[:, 0] for each in by_features])[better, every].numpy(),
             feature_ratios=ratios[better, every].numpy(),
             feature_places=self.places[torch.stack([each.indices[:, 0] for each in by_features])[better, every]].numpy(),
@@ -153,8 +153,8 @@ def thumbnails(images: UInt8[Tensor, "n _ _ _"]) -> UInt8[Tensor, "n _ _ _"]:
 
 def coarse(images: UInt8[Tensor, "n _ _ _"]) -> UInt8[Tensor, "n _"]:
     """At most 8 x 8 averages of an image, flat: a small shift hardly changes them, so candidates are sought by them."""
-    size = tuple(min(_COARSE, side) for side in images.shape[2:])
-    return F.adaptive_avg_pool2d(images.float(), size).round().to(torch.uint8).flatten(1)
+    height, width = images.shape[2:]
+    return F.adaptive_avg_pool2d(images.float(), (min(_COARSE, height), min(_COARSE, width))).round().to(torch.uint8).flatten(1)
 
 
 def aligned(images: UInt8[Tensor, "n c h w"], candidates: UInt8[Tensor, "n k c h w"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k 2"]]:

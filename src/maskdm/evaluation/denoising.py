@@ -71,9 +71,7 @@ def overfitting(training: DenoisingLoss, heldout: DenoisingLoss) -> dict[str, ob
     Intervals by bootstrap over the images of both.
     """
     by_level = bootstrap_difference(np.asarray(heldout.errors), np.asarray(training.errors))
-    whole = bootstrap_difference(
-        np.asarray(heldout.errors.mean(dim=1, keepdim=True)), np.asarray(training.errors.mean(dim=1, keepdim=True))
-    )[0]
+    whole = bootstrap_difference(*(np.asarray(each.errors.mean(dim=1, keepdim=True)) for each in (heldout, training)))[0]
     levels = [
         {"t": t, "train": float(ours), "heldout": float(theirs), "gap": gap.value, "gap_interval": [gap.low, gap.high]}
         for t, ours, theirs, gap in zip(TIMES, training.errors.mean(dim=0), heldout.errors.mean(dim=0), by_level, strict=True)

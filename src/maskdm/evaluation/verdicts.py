@@ -101,5 +101,6 @@ def _variety(measures: Mapping[str, Any]) -> str | None:
         return None
     missing = difference_of_shares(real, ours)
     if missing.low > 0.05:
-        return f"Variety is lacking: samples reach {_percent(ours.value)} of the real images' neighbourhoods, new real images {_percent(real.value)}."
+        reached = f"samples come near {_percent(ours.value)} of the real images, new real images near {_percent(real.value)}"
+        return f"Variety is lacking: {reached}."
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -230,12 +231,12 @@ def _measure(
     request: EvaluateRequest,
     network: FeatureNetwork,
     subject: Subject,
-    provenance: dict[str, object],
-    denoising: dict[str, object] | None,
+    provenance: Mapping[str, object],
+    denoising: Mapping[str, object] | None,
     ranks: Ranks,
     display: Display,
 ) -> Evaluation:
-    provenance = {"created": datetime.now().astimezone().isoformat(timespec="seconds")} | provenance
+    provenance = {"created": datetime.now().astimezone().isoformat(timespec="seconds"), **provenance}
     with display.counting("features") as progress:
         extractor = Extractor(network, cache_directory() / "features", ranks, progress)
         return evaluate_samples(extractor, subject, provenance, request.num_reference, denoising)
@@ -262,10 +263,9 @@ def summary(measures: dict[str, Any]) -> list[str]:
     lines = [f"{measures['num_samples']} images against {measures['reference']}; features: {measures['features']['name']}; 95 % intervals"]
     lines.append(f"  kernel distance   {between('kernel_distance')}{beside('kernel_distance')}")
     name = "FID              " if "fid" in measures else "Frechet distance "
-    halves = f"; two real halves of {measures['frechet_distance_halves_count']}: {measures['frechet_distance_halves']:.4g}"
-    lines.append(
-        f"  {name} {between('frechet_distance')}{beside('frechet_distance')}{halves if 'frechet_distance_halves' in measures else ''}"
-    )
+    count = measures.get("frechet_distance_halves_count")
+    halves = f"; two real halves of {count}: {measures['frechet_distance_halves']:.4g}" if count else ""
+    lines.append(f"  {name} {between('frechet_distance')}{beside('frechet_distance')}{halves}")
     if "frechet_distance_infinity" in measures:
         lines.append(f"  ... of endless images {between('frechet_distance_infinity')}")
     for key in ("precision", "recall", "density", "coverage"):

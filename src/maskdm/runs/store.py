@@ -64,11 +64,8 @@ def load_denoiser(path: Path, weights: Weights) -> tuple[Denoiser, dict[str, Ten
         step, measure, value = (best.numbers[key] for key in ("step", "measure", "value"))
         return model, best.tensors["average"], f"{run.best} (averaged, at step {step}, {measure} {value:.5g})"
     saved = checkpoint.load(latest)
-    return (
-        model,
-        saved.tensors["average" if weights == "ema" else "model"],
-        f"{latest} ({'averaged' if weights == 'ema' else 'as trained'})",
-    )
+    name, words = ("average", "averaged") if weights == "ema" else ("model", "as trained")
+    return model, saved.tensors[name], f"{latest} ({words})"
 
 
 def save_best(run: RunDirectory, trainer: Trainer, measure: str, value: float) -> None:

@@ -26,6 +26,8 @@ MEASURED = 256
 
 REFERENCE = 2000
 
+Rows = NDArray[np.int64]
+
 Draw = Callable[[int, list[int] | None], NDArray[np.uint8]]
 """Samples [n, channels, height, width] of the averaged weights, of these classes if any."""
 
@@ -39,7 +41,7 @@ class Watch:
         config: Config,
         trainer: Trainer,
         dataset: Dataset,
-        rows: tuple[NDArray[np.int64], NDArray[np.int64]],
+        rows: tuple[Rows, Rows],
         draw: Draw,
     ) -> None:
         self.run, self.config, self.trainer, self.dataset, self.draw = run, config, trainer, dataset, draw
@@ -100,7 +102,7 @@ class Watch:
             save_best(self.run, self.trainer, measure, value)
             self.run.log("best", step.number, stage=step.stage.name, measure=measure, value=value)
 
-    def _loss(self, rows: NDArray[np.int64]) -> DenoisingLoss:
+    def _loss(self, rows: Rows) -> DenoisingLoss:
         """Of an even part of the rows."""
         some = rows[np.linspace(0, len(rows) - 1, min(MEASURED, len(rows))).astype(np.int64)]
         device, labels = self.trainer.device, None
