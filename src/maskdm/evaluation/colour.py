@@ -38,7 +38,7 @@ class Colours:
             counts = here if counts is None else counts + here
         assert counts is not None
         channels = _NAMES[len(counts)]
-        names = (*channels, "brightness", "contrast", "saturation") if len(channels) == 3 else ("brightness", "contrast")
+        names = (*channels, "brightness", "contrast", "saturation") if len(channels) == 3 else (*channels, "contrast")
         shares = counts.double() / counts.sum(dim=1, keepdim=True)
         return Colours(names, torch.cat(parts), shares)
 
@@ -109,7 +109,12 @@ def _binned(histogram: Tensor) -> list[float]:
     return [round(float(share), 5) for share in histogram.view(SHOWN_BINS, -1).sum(dim=1)]
 
 
-_WORDS = {"brightness": ("brighter", "darker"), "contrast": ("richer in contrast", "flatter"), "saturation": ("more saturated", "paler")}
+_WORDS = {
+    "brightness": ("brighter", "darker"),
+    "gray": ("brighter", "darker"),
+    "contrast": ("richer in contrast", "flatter"),
+    "saturation": ("more saturated", "paler"),
+}
 
 
 def _verdict(drifted: list[dict[str, object]]) -> str:

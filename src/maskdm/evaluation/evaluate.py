@@ -42,6 +42,8 @@ class Subject:
     training: ImageSet
     heldout: ImageSet | None
     class_names: Sequence[str] = ()
+    called: str = "training images"
+    """What the training images are to be called, where they are other real images."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def evaluate_samples(
     Precision, recall, density, coverage and `frechet_distance_matched` are of as many samples as held-out images are measured
     (`num_heldout`), since they depend on counts. `denoising`, from `overfitting`, takes part in the verdicts. UserError below 10 images.
     """
-    for name, images in (("samples", subject.samples), ("training images", subject.training), ("held-out images", subject.heldout)):
+    for name, images in (("samples", subject.samples), (subject.called, subject.training), ("held-out images", subject.heldout)):
         if images is not None and len(images) < LEAST:
             raise UserError(f"an evaluation needs at least {LEAST} {name}, here {len(images)}; give more")
     places = subject.training.places(len(subject.training) if max_reference is None else max_reference)
@@ -87,7 +89,7 @@ def evaluate_samples(
         "num_samples": len(fake),
         "num_reference": len(real),
         "num_heldout": 0 if new is None else len(new),
-        "reference": f"{len(real)} of {len(subject.training)} training images"
+        "reference": f"{len(real)} of {len(subject.training)} {subject.called}"
         + (", drawn with seed 0" if len(real) < len(subject.training) else ""),
         "headline": "kernel_distance" if len(fake) < FEW else "frechet_distance",
     }
@@ -100,7 +102,7 @@ def evaluate_samples(
     measures["colour"] = colour_drift(subject.samples, reference)
     if denoising is not None:
         measures["denoising"] = dict(denoising)
-    measures["verdicts"] = verdicts(measures)
+    measures["verdicts"] = verdicts(measures, subject.called)
     measures |= {"features": extractor.network.provenance(), "provenance": dict(provenance)}
     shown = [Pair(i, int(found.feature_places[i])) for i in range(min(SHOWN, len(found.feature_places)))]
     order = np.argsort(found.ratios, kind="stable")[:SHOWN].tolist()

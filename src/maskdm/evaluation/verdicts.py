@@ -27,9 +27,9 @@ COPYING = 0.005
 """Copies beyond what held-out images show, interval and all, are called copying above this share."""
 
 
-def verdicts(measures: Mapping[str, Any]) -> list[str]:
-    """Sentences about the measures of `evaluate_samples`, the gravest first."""
-    said = [_copies(measures), _overfitting(measures), _distance(measures), _accuracy(measures), _variety(measures)]
+def verdicts(measures: Mapping[str, Any], called: str = "training images") -> list[str]:
+    """Sentences about the measures of `evaluate_samples`, the gravest first; `called`: the images of the reference."""
+    said = [_copies(measures, called), _overfitting(measures), _distance(measures), _accuracy(measures), _variety(measures)]
     colour = measures.get("colour")
     said.append(colour["verdict"] if colour else None)
     if measures["num_samples"] < 1000:
@@ -51,7 +51,7 @@ def _estimate(measures: Mapping[str, Any], key: str) -> Estimate | None:
     return None if value is None else Estimate(value, *measures[f"{key}_interval"])
 
 
-def _copies(measures: Mapping[str, Any]) -> str:
+def _copies(measures: Mapping[str, Any], called: str) -> str:
     copies = measures["copies"]
     ours, new = _estimate(copies, "share"), _estimate(copies, "heldout_share")
     assert ours is not None
@@ -59,10 +59,10 @@ def _copies(measures: Mapping[str, Any]) -> str:
     shown = f"{_percent(ours.value)} of the samples (95 % interval {_percent(ours.low)} to {_percent(ours.high)})"
     calibration = "" if new is None else f"; of new real images {_percent(new.value)} look so"
     if beyond.low > COPYING:
-        return f"It copies: {shown} are near-copies of training images{calibration}."
+        return f"It copies: {shown} are near-copies of {called}{calibration}."
     if ours.value == 0:
-        return f"No sign of copying: none of {copies['num_samples']} samples is a near-copy of a training image."
-    return f"No sign of copying beyond chance: {shown} look like training images{calibration}."
+        return f"No sign of copying: none of {copies['num_samples']} samples is a near-copy of one of the {called}."
+    return f"No sign of copying beyond chance: {shown} look like {called}{calibration}."
 
 
 def _overfitting(measures: Mapping[str, Any]) -> str | None:

@@ -211,7 +211,7 @@ def _evaluate_images(request: EvaluateRequest, ranks: Ranks, display: Display) -
         "fit": "crop",
         "device": str(machine.device),
     }
-    subject = Subject(sets[0], sets[1], None, datasets[0].class_names if same_classes else ())
+    subject = Subject(sets[0], sets[1], None, datasets[0].class_names if same_classes else (), "real images")
     found = _measure(request, network, subject, provenance, None, ranks, display)
     if not ranks.first:
         return ""

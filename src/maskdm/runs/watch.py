@@ -14,7 +14,7 @@ from torch import Tensor
 from maskdm.config import Config
 from maskdm.data import Dataset
 from maskdm.engine import Ranks, Step, Trainer, autocast
-from maskdm.evaluation import DenoisingLoss, Extractor, ImageSet, denoising_loss, kernel_distance
+from maskdm.evaluation import DenoisingLoss, Estimate, Extractor, ImageSet, denoising_loss, kernel_distance
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
@@ -47,7 +47,7 @@ class Watch:
         self.run, self.config, self.trainer, self.dataset, self.draw = run, config, trainer, dataset, draw
         self.training, self.heldout = rows
         self._best, self._stage_best, self._since = math.inf, math.inf, 0
-        self._judge: tuple[Extractor, Tensor] | None = None
+        self._judge = self._choose_judge() if config.evaluation.num else None  # at once: a file that is not there must not end a run later
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know."""
@@ -74,8 +74,8 @@ class Watch:
             self.run.log("heldout", step.number, **where, loss=new.loss, train_loss=known.loss, **levels, images=len(new.errors))
             found |= {"heldout/loss": new.loss, "heldout/train_loss": known.loss}
             found |= {f"heldout/t={level['t']:.0f}": level["loss"] for level in new.levels}
-        if settings.num:
-            distance, features = self._distance(settings.num)
+        if self._judge is not None:
+            distance, features = self._distance(settings.num, self._judge)
             figures = {"kernel_distance": distance.value, "kernel_distance_interval": [distance.low, distance.high]}
             self.run.log("evaluate", step.number, **where, **figures, num_samples=settings.num, features=features)
             found["evaluate/kernel_distance"] = distance.value
@@ -113,8 +113,8 @@ class Watch:
         with autocast(device, self.trainer.precision):
             return denoising_loss(self.trainer.average.model, self.config.diffusion, pixels, labels)
 
-    def _distance(self, num: int) -> tuple[Any, str]:
-        extractor, real = self._judge or self._choose_judge()
+    def _distance(self, num: int, judge: tuple[Extractor, Tensor]) -> tuple[Estimate, str]:
+        extractor, real = judge
         classes = len(self.dataset.class_names) if self.config.data.conditional else 0
         drawn = self.draw(num, [i % classes for i in range(num)] if classes else None)
         fake = extractor.network.features(torch.from_numpy(drawn))
@@ -126,5 +126,4 @@ class Watch:
         settings = self.config.evaluation
         network = choose_network(settings.features, training, heldout, 0, self.trainer.device, Ranks(), Display(quiet=True))
         extractor = Extractor(network, cache_directory() / "features", Ranks())
-        self._judge = extractor, extractor.features(training.part(training.places(REFERENCE)))
-        return self._judge
+        return extractor, extractor.features(training.part(training.places(REFERENCE)))
