@@ -13,6 +13,7 @@ from maskdm.evaluation.distances import (
 from maskdm.evaluation.evaluate import Evaluation, evaluate_samples
 from maskdm.evaluation.features import FeatureNetwork, Images, Labels
 from maskdm.evaluation.neighbours import Neighbours, nearest
+from maskdm.evaluation.networks import is_self, load_network
 from maskdm.evaluation.own import SelfNetwork, load_self
 from maskdm.evaluation.training import cached_self, train_self
 
@@ -29,7 +30,9 @@ __all__ = [
     "cached_self",
     "evaluate_samples",
     "frechet_distance",
+    "is_self",
     "kernel_distance",
+    "load_network",
     "load_self",
     "nearest",
     "precision_recall",
