@@ -57,6 +57,18 @@ def load(spec: str, cache: Path = Path("nowhere")) -> FeatureNetwork:
     return load_network(spec, cache, CPU)
 
 
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing here may reach for the network."""
+    import socket
+
+    def refuse(*args: object) -> None:
+        raise AssertionError(f"a connection to {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return
+
+
 # which network
 
 
@@ -262,6 +274,8 @@ def test_inception_is_fetched_on_request_and_checked(inception_file: Path, tmp_p
     cache = tmp_path / "cache"
     assert load("inception:download", cache).is_fid
     assert [file.name for file in cache.iterdir()] == ["weights-inception-2015-12-05-6726825d.pth"]
+    (cache / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"half")
+    assert load("inception:download", cache).is_fid
     inception_file.write_bytes(b"somebody else's")
     assert load("inception:download", cache).is_fid  # once is enough
     other = tmp_path / "other"
@@ -350,15 +364,3 @@ def test_the_published_resnet_56_knows_cifar10() -> None:
     accuracy = accuracy_of(network, np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels)
     assert accuracy is not None
     assert 0.78 < accuracy < 0.89  # 83.2 % of all 10 000: this copy of the images is JPEG
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing here may reach for the network."""
-    import socket
-
-    def refuse(*args: object) -> None:
-        raise AssertionError(f"a connection to {args}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    return

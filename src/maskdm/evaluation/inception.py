@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import TypeAlias
 
@@ -165,13 +166,13 @@ def cached_inception(cache_dir: Path) -> Path:
 
 
 def download_inception(cache_dir: Path) -> Path:
-    """Fetch the file into the cache directory, unless it is there. UserError where the network or the file fails."""
+    """Fetch the file into the cache directory, unless it is there whole. UserError where the network or the file fails."""
     path = cache_dir / _NAMES[0]
-    if not path.is_file():
+    if not path.is_file() or sha256_of(path) != SHA256:
         cache_dir.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:  # no network; another hash
+        except (OSError, HTTPException, RuntimeError) as error:  # no network; another hash
             raise UserError(f"cannot fetch {URL}: {error}; fetch it by hand and give inception:PATH") from error
     return path
 
