@@ -49,10 +49,9 @@ def main() -> None:
             measures = evaluate_samples(extractor, Subject(samples, reference, None, train.class_names), {"set": name}).measures
             row: dict[str, Any] = {
                 "set": name,
-                "features": spec.split("/")[-1],
+                "network": spec.split("/")[-1],
                 "seconds": round(time.perf_counter() - started, 1),
-                **measures,
-            }
+            } | measures
             row |= oracle(extractor.features(samples), extractor.features(reference))
             found.append(row)
             print(line(row), flush=True)

@@ -20,9 +20,8 @@ PUBLIC = {
     "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded"],
     "maskdm.evaluation": [
         "Evaluation", "FeatureNetwork", "Images", "KernelDistance", "Labels", "Neighbours", "PrecisionRecall", "SelfNetwork",
-        "Statistics",
-        "cached_self", "evaluate_samples", "frechet_distance", "kernel_distance", "load_self", "nearest", "precision_recall",
-        "train_self",
+        "Statistics", "cached_self", "evaluate_samples", "frechet_distance", "is_self", "kernel_distance", "load_network",
+        "load_self", "nearest", "precision_recall", "train_self",
     ],
     "maskdm.recipes": ["RECIPES", "Choice", "choose", "cifar10", "digits", "emoji", "recipe"],
     "maskdm.runs": [
