@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, assert_never
+from typing import Annotated, Literal, assert_never
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -63,6 +63,7 @@ class Sample:
     seed: Annotated[int, arg(help="seed of the noise")] = 0
     labels: Annotated[tuple[str, ...], arg(help="classes to draw, by name or number, in turn; all if left out")] = ()
     batch: Annotated[int, arg(help="images computed at a time")] = 64
+    ema: Annotated[float | None, arg(help="length (sigma_rel) of the weights' average, from the snapshots; as trained if left out")] = None
 
 
 @dataclass
@@ -79,6 +80,18 @@ class Evaluate:
 
 
 @dataclass
+class EmaSweep:
+    """Make averages of the weights of several lengths from a run's snapshots, measure each, and write ema_sweep.json."""
+
+    run: Run
+    sigma_rel: Annotated[str, arg(help="lengths, as shares of the stage")] = "0.02,0.03,0.05,0.075,0.1,0.15,0.2,0.25"
+    stage: Annotated[str | None, arg(help="stage whose snapshots are taken; the last that has any if left out")] = None
+    measure: Annotated[Literal["heldout-loss"], arg(help="what is measured, on images never trained on")] = "heldout-loss"
+    num: Annotated[int | None, arg(help="held-out images measured; all if left out")] = None
+    save: Annotated[bool, arg(help="also write the best as RUN/model-ema-LENGTH, a diffusers pipeline folder")] = False
+
+
+@dataclass
 class Report:
     """Write a run's report.html anew from its files."""
 
@@ -90,6 +103,7 @@ Verb = (
     | Annotated[DataVerb, subcommand("data")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[EmaSweep, subcommand("ema-sweep")]
     | Annotated[Report, subcommand("report")]
 )
 
@@ -164,7 +178,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | DataVerb | Sample | Evaluate | Report | int:
+def _parse(arguments: list[str]) -> Train | DataVerb | Sample | Evaluate | EmaSweep | Report | int:
     """The verb, or an exit code after --help. Raises UserError: tyro's boxed message, as one line."""
     printed = io.StringIO()
     try:
@@ -195,7 +209,7 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
-def _perform(verb: Train | DataVerb | Sample | Evaluate | Report, settings: list[tuple[str, str]], arguments: list[str]) -> int:
+def _perform(verb: Train | DataVerb | Sample | Evaluate | EmaSweep | Report, settings: list[tuple[str, str]], arguments: list[str]) -> int:
     import logging
     import warnings
 
@@ -213,13 +227,26 @@ def _perform(verb: Train | DataVerb | Sample | Evaluate | Report, settings: list
             print(runs.describe_data(verb.data, verb.image_size, runs.Display()))
         case Sample():
             request = runs.SampleRequest(
-                verb.run, verb.out, verb.num, verb.steps, verb.scheduler, verb.eta, verb.guidance, verb.seed, verb.labels, verb.batch
+                verb.run,
+                verb.out,
+                verb.num,
+                verb.steps,
+                verb.scheduler,
+                verb.eta,
+                verb.guidance,
+                verb.seed,
+                verb.labels,
+                verb.batch,
+                verb.ema,
             )
             paths = runs.sample_run(request, runs.Display())
             print(f"{len(paths) - 1} images in {verb.out}; overview in {paths[-1]}")
         case Evaluate():
             sampling = runs.SampleRequest(verb.run, verb.run, verb.num, verb.steps, verb.scheduler, None, verb.guidance, verb.seed)
             print(runs.evaluate_run(sampling, verb.data, runs.Display()))
+        case EmaSweep():
+            sweep = runs.SweepRequest(verb.run, runs.parse_lengths(verb.sigma_rel), verb.stage, verb.measure, verb.num, verb.save)
+            print(runs.ema_sweep(sweep, runs.Display()))
         case Report():
             print(runs.report_run(verb.run))
         case _ as unreachable:

@@ -257,15 +257,23 @@ class Optimizer:
         _require(self.clip is None or self.clip > 0, f"optimizer.clip is {self.clip}; it must be above 0, or none")
 
 
+MAX_SIGMA_REL = 0.288  # the width of the plain mean of all steps, 1 / sqrt(12)
+
+
 @dataclass(frozen=True)
 class Ema:
     """Exponential moving average of the weights; samples and the result use it."""
 
     decay: Annotated[float, "share of the average kept at each step"] = 0.999
     warmup: Annotated[bool, "start with a short average: decay at step n is at most (1 + n) / (10 + n)"] = True
+    snapshots: Annotated[int, "snapshots per stage, from which an average of any length is made afterwards; 0 for none"] = 8
+    sigma_rel: Annotated[tuple[float, float], "lengths of the two averages in a snapshot, over the stage: 0.05,0.1"] = (0.05, 0.1)
 
     def __post_init__(self) -> None:
         _require(0 <= self.decay < 1, f"ema.decay is {self.decay}; it must be from 0 to below 1")
+        _require(self.snapshots >= 0, f"ema.snapshots is {self.snapshots}; it must be 0 or more")
+        good = all(0 < s <= MAX_SIGMA_REL for s in self.sigma_rel) and self.sigma_rel[0] != self.sigma_rel[1]
+        _require(good, f"ema.sigma_rel are {self.sigma_rel}; give two lengths above 0, up to {MAX_SIGMA_REL}")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ class RunDirectory:
         self.metrics_log = path / "metrics.jsonl"
         self.metrics_file = path / "metrics.json"
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"
+        self.sweep_file = path / "ema_sweep.json"
         self.samples = path / "samples"
         self.model = path / "model"
         self.tensorboard = path / "tensorboard"

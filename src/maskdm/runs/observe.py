@@ -13,7 +13,7 @@ from PIL import Image
 from maskdm.config import Config
 from maskdm.data import Dataset
 from maskdm.draws import derive
-from maskdm.engine import Step, Trainer, autocast
+from maskdm.engine import Step, Trainer, autocast, snapshots
 from maskdm.evaluation.denoising import heldout_loss
 from maskdm.masking import draw
 from maskdm.pictures import grid, hide, side_by_side
@@ -46,6 +46,7 @@ class Observer:
         self._losses = torch.zeros((), device=trainer.device)
         self._count = 0
         self._saved = -1
+        self._snapshots = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
@@ -61,6 +62,7 @@ class Observer:
         progress = self.trainer.progress
         if progress.stage < len(progress.stages):
             self._speed = (progress.stages[progress.stage].images, progress.seconds)
+            self._snapshots = self._due(progress.stages[progress.stage].share(self.config.stages[progress.stage].budget))
 
     # --- each step ---
 
@@ -70,6 +72,7 @@ class Observer:
         if step.stage_step == 1:
             self.run.log("stage", step.number, stage=step.stage.name, state="start")
             self._speed = (0, self.trainer.progress.seconds - self._stage_seconds())
+            self._snapshots = 0
         self._losses += step.loss
         self._count += 1
         if step.number % every.log == 0 or step.ends_stage or step.stage_step == 1:
@@ -78,8 +81,20 @@ class Observer:
             self._evaluate(step)
         if (every.sample and step.number % every.sample == 0) or step.ends_stage:
             self._sample(step)
+        if self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
+            self._snapshot(step)
         if step.number % every.save == 0 or step.ends_stage:
             self.save(step)
+
+    def _due(self, share: float) -> int:
+        """Snapshots that this share of a stage's budget asks for."""
+        return int(share * self.config.ema.snapshots + 1e-9)
+
+    def _snapshot(self, step: Step) -> None:
+        self._check_finite(step)
+        self._snapshots = self._due(step.share)
+        if self.trainer.powers.time:  # 0 where fp16 has skipped every step so far
+            snapshots.save(self.run.snapshots / step.stage.name, self.trainer.powers, step.number, step.stage_step)
 
     def _stage_seconds(self) -> float:
         return self.trainer.progress.stages[self.trainer.progress.stage].seconds

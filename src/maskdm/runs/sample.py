@@ -64,6 +64,8 @@ class SampleRequest:
     seed: int = 0
     labels: tuple[str, ...] = ()
     batch: int = 64
+    ema: float | None = None
+    """Length (sigma_rel) of the average made from the snapshots; None: the one that training kept."""
 
 
 def sample(request: SampleRequest, pipeline: MaskDMPipeline, settings: Sampling, progress: Callable[[int, int], None] | None) -> list[Path]:
