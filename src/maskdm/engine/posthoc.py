@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskdm.config import MAX_SIGMA_REL
+from maskdm.config import Ema
 from maskdm.errors import UserError
 
 
@@ -41,8 +41,8 @@ def gamma_of(sigma_rel: float) -> float:
 
     Raises UserError outside 0 < sigma_rel <= 0.288, the width of the plain mean (gamma 0).
     """
-    if not 0 < sigma_rel <= MAX_SIGMA_REL:
-        raise UserError(f"sigma_rel is {sigma_rel:g}; give a number above 0 and up to {MAX_SIGMA_REL} (the plain mean of all steps)")
+    if not 0 < sigma_rel <= Ema.longest:
+        raise UserError(f"sigma_rel is {sigma_rel:g}; give a number above 0 and up to {Ema.longest} (the plain mean of all steps)")
     inverse = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse])
     return max(0.0, float(roots.real.max()))

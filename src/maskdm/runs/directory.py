@@ -28,7 +28,6 @@ class RunDirectory:
         self.sweep_file = path / "ema_sweep.json"
         self.samples = path / "samples"
         self.model = path / "model"
-        self.tensorboard = path / "tensorboard"
 
     @property
     def started(self) -> bool:

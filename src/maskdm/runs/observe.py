@@ -23,6 +23,8 @@ from maskdm.runs.display import TrainingBar
 from maskdm.runs.plan import stage_records
 from maskdm.runs.sample import draw_images
 from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
+from maskdm.settings import to_plain, to_yaml
+from maskdm.tracking import Trackers, network_histograms
 
 HELDOUT_IMAGES = 256
 """Images of the held-out loss during training: enough to rank, few enough to cost little."""
@@ -38,11 +40,10 @@ class Observer:
     """Follows a trainer, step by step."""
 
     def __init__(self, run: RunDirectory, config: Config, trainer: Trainer, dataset: Dataset, heldout: NDArray[np.int64]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.heldout = heldout
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=trainer.progress.step + 1)
+        self.trackers = Trackers(config.tracking, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
+        self.trackers.text("config", to_yaml(config), trainer.progress.step)
         self._losses = torch.zeros((), device=trainer.device)
         self._count = 0
         self._saved = -1
@@ -79,6 +80,7 @@ class Observer:
             self._log(step, bar)
         if (every.evaluate and step.number % every.evaluate == 0) or step.ends_stage:
             self._evaluate(step)
+            self._histograms(step)
         if (every.sample and step.number % every.sample == 0) or step.ends_stage:
             self._sample(step)
         if self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
@@ -107,8 +109,7 @@ class Observer:
         self.run.log(
             "train", step.number, stage=step.stage.name, stage_step=step.stage_step, images=step.images, seconds=step.seconds, **figures
         )
-        for name, value in figures.items():
-            self.board.add_scalar(f"train/{name}", value, step.number)
+        self.trackers.scalars({f"train/{name}": value for name, value in figures.items()}, step.number)
         bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures["images_per_second"], loss)
         self._losses.zero_()
         self._count = 0
@@ -139,6 +140,14 @@ class Observer:
             self.run.info() | {"status": status, "error": error, "stages": stage_records(self.config, self.trainer.progress)}
         )
 
+    def _tracker_failed(self, name: str, error: str) -> None:
+        self.run.log("tracker", self.trainer.progress.step, name=name, error=error, state="dropped")
+
+    def _histograms(self, step: Step) -> None:
+        if self.trackers:
+            for name, value in network_histograms(self.trainer.model, self.trainer.optimizer).items():
+                self.trackers.histogram(name, value, step.number)
+
     # --- held-out loss and samples, of the averaged weights ---
 
     def _images(self, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -156,9 +165,8 @@ class Observer:
             found = heldout_loss(self.trainer.average.model, self.config.diffusion, self._images(rows), labels)
         levels = [{"t": t, "loss": loss} for t, loss in found.levels]
         self.run.log("heldout", step.number, stage=step.stage.name, seconds=step.seconds, loss=found.loss, levels=levels, images=len(rows))
-        self.board.add_scalar("heldout/loss", found.loss, step.number)
-        for t, loss in found.levels:
-            self.board.add_scalar(f"heldout/t={t:.0f}", loss, step.number)
+        curves = {"heldout/loss": found.loss} | {f"heldout/t={t:.0f}": loss for t, loss in found.levels}
+        self.trackers.scalars(curves, step.number)
 
     def _sample(self, step: Step) -> None:
         num = self.config.sampling.num
@@ -167,7 +175,7 @@ class Observer:
         file = self.run.samples / f"step-{step.number:08}.png"
         picture.save(file)
         self.run.log("sample", step.number, stage=step.stage.name, file=f"samples/{file.name}")
-        self.board.add_image("samples", np.asarray(picture), step.number, dataformats="HWC")
+        self.trackers.image("samples", np.asarray(picture), step.number)
 
     @property
     def classes(self) -> list[str]:
@@ -188,7 +196,6 @@ class Observer:
         masks = self._mask_picture()
         if masks is not None:
             masks.save(self.run.path / "masks.png")
-        self.board.close()
         self.update_info("finished", None)
         write_report(self.run.path)
 

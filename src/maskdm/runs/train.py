@@ -65,8 +65,11 @@ def train(request: TrainRequest, command: str, display: Display) -> str:
     observer = Observer(run, config, trainer, dataset, heldout)
     if saved is not None:
         observer.restore(saved.numbers["meter"])
-    _run(run, trainer, observer, display)
-    observer.finish()
+    try:
+        _run(run, trainer, observer, display)
+        observer.finish()
+    finally:
+        observer.trackers.close()
     return f"trained in {trainer.progress.seconds:.0f} s\n{_results(run)}"
 
 
