@@ -14,7 +14,7 @@ PUBLIC = {
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"],
     "maskdm.engine": [
-        "Average", "Checkpoint", "Machine", "Progress", "StageProgress", "Step", "Trainer", "Transfer", "autocast",
+        "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "StageProgress", "Step", "Trainer", "Transfer", "autocast",
         "environment", "learning_rate", "make_optimizer", "this_machine", "transfer",
     ],
     "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded"],
@@ -25,8 +25,8 @@ PUBLIC = {
     ],
     "maskdm.recipes": ["RECIPES", "Choice", "choose", "cifar10", "digits", "emoji", "recipe"],
     "maskdm.runs": [
-        "Display", "Diverged", "Interrupted", "SampleRequest", "TrainRequest", "describe_data", "evaluate_run", "report_run",
-        "sample_run", "train",
+        "Display", "Diverged", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest", "describe_data", "ema_sweep", "evaluate_run",
+        "parse_lengths", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlparse
 
 import numpy as np
@@ -44,6 +44,7 @@ class Histogram:
     squares: float
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """What a run tells. Steps are those of the run; images are uint8 [height, width, 3]."""
 

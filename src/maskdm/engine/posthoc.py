@@ -24,7 +24,7 @@ from maskdm.errors import UserError
 class Profile:
     """How an average at `time` (steps since the averages began, above 0) weighs the weights before: by tau^gamma."""
 
-    time: float
+    time: int | float
     gamma: float
 
 
