@@ -14,8 +14,8 @@ PUBLIC = {
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"],
     "maskdm.engine": [
-        "Average", "Checkpoint", "Machine", "Progress", "Ranks", "StageProgress", "Step", "Trainer", "Transfer", "autocast",
-        "environment", "join_ranks", "learning_rate", "make_optimizer", "this_machine", "transfer",
+        "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "Ranks", "StageProgress", "Step", "Trainer", "Transfer",
+        "autocast", "environment", "join_ranks", "learning_rate", "make_optimizer", "this_machine", "transfer",
     ],
     "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded"],
     "maskdm.evaluation": [
@@ -27,8 +27,8 @@ PUBLIC = {
     ],
     "maskdm.recipes": ["RECIPES", "Choice", "choose", "cifar10", "digits", "emoji", "recipe"],
     "maskdm.runs": [
-        "Display", "Diverged", "EvaluateRequest", "Interrupted", "SampleRequest", "TrainRequest", "describe_data", "evaluate", "report_run",
-        "sample_run", "train",
+        "Display", "Diverged", "EvaluateRequest", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest", "describe_data",
+        "ema_sweep", "evaluate", "parse_lengths", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

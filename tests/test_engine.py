@@ -82,7 +82,9 @@ def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(model: Model, st
     assert expected.keys() == got.keys()
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
     assert undisturbed.progress.images == second.progress.images == 5 * 12 + 4 * 8
-    assert any(name.startswith("optimizer/exp_avg_sq/") for name in expected)
+    for part in ("optimizer/exp_avg_sq/", "powers/0.05/", "powers/0.1/"):
+        assert any(name.startswith(part) for name in expected)
+    assert undisturbed.numbers()["powers"] == second.numbers()["powers"] == {"sigma_rel": [0.05, 0.1], "time": 4, "began": 5}
 
 
 def test_another_seed_is_another_run(dataset: Dataset) -> None:
@@ -161,6 +163,45 @@ def test_average_is_the_exponential_one() -> None:
     for got, want in zip(average.model.parameters(), expected, strict=True):
         torch.testing.assert_close(got, want)
     assert [Average(model, Ema(0.999)).decay(n) for n in (0, 10, 100_000)] == [0.1, 11 / 20, 0.999]
+
+
+def test_a_state_without_the_averages_of_snapshots_begins_them_where_it_stands(dataset: Dataset) -> None:
+    before = trainer(replace(config(), ema=Ema(snapshots=0)), dataset)
+    steps(before.run(), 3)
+    tensors, numbers = before.tensors(), before.numbers()
+    assert "powers" not in tensors
+    for saved in (numbers, {key: value for key, value in numbers.items() if key != "powers"}):  # as an older version saved it
+        after = trainer(config(), dataset)
+        after.restore(tensors, saved)
+        assert (after.powers.time, after.powers.began) == (0, 3)
+        run = after.run()
+        next(run)
+        assert (after.powers.time, after.powers.began) == (1, 3)
+        assert all(torch.equal(after.powers.tensors()[f"0.1/{n}"], p) for n, p in after.model.named_parameters())
+        next(run)
+        next(run)
+        assert (after.powers.time, after.powers.began) == (1, 5)  # the next stage
+
+
+def test_averages_of_snapshots_of_another_length_are_not_taken_over(dataset: Dataset) -> None:
+    before, after = trainer(config(), dataset), trainer(replace(config(), ema=Ema(sigma_rel=(0.05, 0.2))), dataset)
+    steps(before.run(), 3)
+    after.restore(before.tensors(), before.numbers())
+    assert (after.powers.time, after.powers.began) == (0, 3)
+
+
+def test_no_average_counts_a_step_that_fp16_skipped(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(config(), dataset)
+    loop = run.run()
+    steps(loop, 2)
+    before = {name: value.clone() for name, value in flat(run.tensors()).items()}
+    scales = iter((2.0, 1.0))
+    monkeypatch.setattr(run.scaler, "get_scale", lambda: next(scales))
+    next(loop)
+    after = flat(run.tensors())
+    same = [name for name in before if name.startswith(("average/", "powers/"))]
+    assert len(same) > 10 and all(torch.equal(before[name], after[name]) for name in same)
+    assert run.powers.time == 2 and run.progress.step == 3
 
 
 def test_only_matrices_decay() -> None:

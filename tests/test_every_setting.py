@@ -114,6 +114,8 @@ CHANGES: dict[str, str] = {
     "optimizer.clip": "0.01",
     "ema.decay": "0.1",
     "ema.warmup": "false",
+    "ema.snapshots": "0",
+    "ema.sigma_rel": "0.05,0.2",
     "sampling.scheduler": "dpm++",
     "sampling.steps": "5",
     "sampling.eta": "0",
@@ -123,7 +125,7 @@ CHANGES: dict[str, str] = {
 """Settings whose change must show in the data, the network, the trained weights or the samples."""
 
 ELSEWHERE = {
-    "data.source", "data.max_broken", "init", "sampling.num",
+    "data.source", "data.max_broken", "init", "sampling.num", "tracking",
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
     "intervals.log", "intervals.evaluate", "intervals.sample", "intervals.save", "intervals.keep",
 }  # fmt: skip
@@ -211,6 +213,25 @@ def test_checkpoints_are_saved_and_kept_as_set(folder: Path, tmp_path: Path, mon
         directory, _ = run(folder, tmp_path / name, monkeypatch, settings)
         left.append(len(list(directory.checkpoints.iterdir())))
     assert left[0] < left[2] < left[1]
+
+
+def test_snapshots_are_spread_over_each_stage(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, left in (
+        ("2", ["one 2", "one 3", "three 6", "three 7", "two 4", "two 5"]),
+        ("1", ["one 3", "three 7", "two 5"]),
+        ("0", []),
+    ):
+        (tmp_path / number).mkdir()
+        settings = (("ema.snapshots", number), ("one.budget.images", "100"))
+        directory, _ = run(folder, tmp_path / number, monkeypatch, settings)
+        assert sorted(f"{path.parent.name} {int(path.stem[-8:])}" for path in directory.snapshots.rglob("*.safetensors")) == left
+
+
+def test_tracking(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, (name, there) in enumerate((("tensorboard", True), ("none", False))):
+        (tmp_path / str(number)).mkdir()
+        directory, _ = run(folder, tmp_path / str(number), monkeypatch, (("tracking", name),))
+        assert (directory.path / "tensorboard").exists() == there
 
 
 def test_hardware(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

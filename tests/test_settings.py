@@ -41,6 +41,13 @@ def test_every_setting_has_a_meaning() -> None:
         ("stages.finetune.budget.steps", "1e4", "stages.finetune.budget.steps", 10_000),
         ("hardware.compile", "true", "hardware.compile", True),
         ("init", "runs/other", "init", "runs/other"),
+        ("sigma-rel", "0.03, 0.2", "ema.sigma_rel", (0.03, 0.2)),
+        ("tracking", "none", "tracking", ()),
+        ("tracking", "", "tracking", ()),
+        ("tracking", "[]", "tracking", ()),
+        ("tracking", "wandb", "tracking", ("wandb",)),
+        ("tracking", "tensorboard, trackio", "tracking", ("tensorboard", "trackio")),
+        ("tracking", "[wandb, trackio]", "tracking", ("wandb", "trackio")),
     ],
 )
 def test_a_setting_goes_by_its_name_or_an_unambiguous_tail(name: str, text: str, path: str, value: object) -> None:
@@ -81,6 +88,12 @@ def test_whole_values_of_unions() -> None:
         ([("stages", "[{name: a, budget: {}}]")], r"budget is empty"),
         ([("stages", "[")], r"not valid YAML"),
         ([("heads", "3")], r"not a multiple of model\.heads 3"),
+        ([("tracking", "wandbb")], r"tracking is 'wandbb'; give one of tensorboard, wandb, trackio; did you mean wandb\?"),
+        ([("tracking", "wandb,wandb")], r"tracking names one tracker twice"),
+        ([("tracking", "3")], r"tracking is '3'"),
+        ([("sigma-rel", "0.1,0.1")], r"ema\.sigma_rel are \(0\.1, 0\.1\); give two lengths"),
+        ([("sigma-rel", "0.1,0.3")], r"above 0, up to 0\.288"),
+        ([("snapshots", "-1")], r"ema\.snapshots is -1"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_way_out(assignments: list[tuple[str, str]], message: str) -> None:
@@ -97,6 +110,15 @@ def test_a_file_names_some_settings_and_unknown_keys_are_refused() -> None:
     plain["model"]["size"] = 3
     with pytest.raises(UserError, match=r"unknown setting 'model\.size'"):
         from_plain(plain)
+
+
+def test_a_list_of_trackers_in_a_file() -> None:
+    for text, expected in (("[]", ()), ("none", ()), ("", ()), ("wandb", ("wandb",)), ("[tensorboard, wandb]", ("tensorboard", "wandb"))):
+        changed = merge(config(), yaml.safe_load(f"tracking: {text}"), "f")
+        assert changed.tracking == expected
+        assert from_plain(yaml.safe_load(to_yaml(changed))) == changed
+    with pytest.raises(UserError, match=r"f: tracking is 'tensorbord'; .*did you mean tensorboard"):
+        merge(config(), {"tracking": ["tensorbord"]}, "f")
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

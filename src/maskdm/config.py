@@ -184,9 +184,7 @@ class LogitNormalTimesteps:
 class Diffusion:
     """How images are noised and what the network is asked for."""
 
-    schedule: Annotated[
-        Literal["linear", "cosine", "vp", "flow"], "noise schedule: DDPM's linear betas, cosine, the VP-SDE, or rectified flow"
-    ] = "cosine"
+    schedule: Annotated[Literal["linear", "cosine", "vp", "flow"], "noise: DDPM's linear, cosine, the VP-SDE, or rectified flow"] = "cosine"
     target: Annotated[Literal["eps", "x0", "v"], "what the network predicts: the noise, the image, or the velocity"] = "eps"
     weight: Annotated[UniformWeight | MinSNRWeight, "weight of a noise level in the loss: uniform or min-snr"] = UniformWeight()
     timesteps: Annotated[UniformTimesteps | LogitNormalTimesteps, "how timesteps are drawn: uniform or logit-normal"] = UniformTimesteps()
@@ -261,11 +259,17 @@ class Optimizer:
 class Ema:
     """Exponential moving average of the weights; samples and the result use it."""
 
+    longest: ClassVar[float] = 0.288  # sigma_rel of the plain mean of all steps, 1 / sqrt(12)
     decay: Annotated[float, "share of the average kept at each step"] = 0.999
     warmup: Annotated[bool, "start with a short average: decay at step n is at most (1 + n) / (10 + n)"] = True
+    snapshots: Annotated[int, "snapshots per stage, from which an average of any length is made afterwards; 0 for none"] = 8
+    sigma_rel: Annotated[tuple[float, float], "lengths of the two averages in a snapshot, over the stage: 0.05,0.1"] = (0.05, 0.1)
 
     def __post_init__(self) -> None:
         _require(0 <= self.decay < 1, f"ema.decay is {self.decay}; it must be from 0 to below 1")
+        _require(self.snapshots >= 0, f"ema.snapshots is {self.snapshots}; it must be 0 or more")
+        good = all(0 < s <= self.longest for s in self.sigma_rel) and self.sigma_rel[0] != self.sigma_rel[1]
+        _require(good, f"ema.sigma_rel are {self.sigma_rel}; give two lengths above 0, up to {self.longest}")
 
 
 @dataclass(frozen=True)
@@ -319,6 +323,7 @@ class Evaluation:
 
 
 SCHEDULERS = ("ddim", "ddpm", "deis", "dpm++", "dpm++sde", "euler", "euler-a", "heun", "lms", "pndm", "sa", "unipc")
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 SchedulerName = Literal["ddim", "ddpm", "deis", "dpm++", "dpm++sde", "euler", "euler-a", "heun", "lms", "pndm", "sa", "unipc"]
 
 
@@ -355,11 +360,13 @@ class Config:
     sampling: Annotated[Sampling, "how samples are drawn"] = field(default_factory=Sampling)
     seed: Annotated[int, "seed of every random draw"] = 0
     init: Annotated[str | None, "run whose weights to start from"] = None
+    tracking: Annotated[tuple[TrackerName, ...], "where figures also go: tensorboard, wandb, trackio, or none"] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages is empty; a run needs at least one stage")
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"stages: the name '{max(names, key=names.count)}' is used twice")
+        _require(len(set(self.tracking)) == len(self.tracking), "tracking names one tracker twice")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}; give a number from 0 to 2^63 - 1")
 
     @property

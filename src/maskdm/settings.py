@@ -72,6 +72,8 @@ def from_plain(plain: Any) -> Config:
 
 def _build(hint: Any, value: Any, path: str) -> Any:
     members = _members(hint)
+    if _is_list_of_scalars(hint) and (value is None or str(value).strip("[]() ").lower() in ("", "none")):
+        return ()
     if value is None or (isinstance(value, str) and value.lower() == "none" and not any(is_dataclass(m) for m in members)):
         if type(None) in get_args(hint):
             return None
@@ -81,6 +83,11 @@ def _build(hint: Any, value: Any, path: str) -> Any:
     if len(members) > 1:
         return _build_member(members, value, path)
     return _build_single(next(iter(members)), value, path)
+
+
+def _is_list_of_scalars(hint: Any) -> bool:
+    """Whether a type is a tuple of any length that is one setting, and not one of stages with settings of their own."""
+    return get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis and not is_dataclass(get_args(hint)[0])
 
 
 def _build_member(members: tuple[Any, ...], value: Any, path: str) -> Any:
@@ -140,6 +147,8 @@ def _build_tuple(hint: Any, value: Any, path: str) -> Any:
     if not isinstance(value, list | tuple):
         raise UserError(f"{path} is '{value}'; give a list")
     items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
+    if _is_list_of_scalars(hint):
+        return tuple(_build(parts[0], item, path) for item in items)
     if parts[-1] is Ellipsis:
         names = [item.get("name", i) if isinstance(item, dict) else i for i, item in enumerate(items)]
         return tuple(_build(parts[0], item, f"{path}.{name}") for name, item in zip(names, items, strict=True))
@@ -179,7 +188,7 @@ def leaves(value: Any, path: str = "", meaning: str = "", hint: Any = Config) ->
         hints: dict[str, tuple[Any, str]] = _hints(type(value))
         for name, (inner, text) in hints.items():
             yield from leaves(getattr(value, name), f"{path}.{name}".lstrip("."), text, inner)
-    elif get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
+    elif get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis and not _is_list_of_scalars(hint):
         for item in value:  # pyright: ignore[reportGeneralTypeIssues] - a tuple of stages here
             yield from leaves(item, f"{path}.{item.name}", meaning, get_args(hint)[0])
     elif len(members) == 1:

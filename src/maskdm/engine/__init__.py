@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from maskdm.engine.checkpoint import Checkpoint
 from maskdm.engine.hardware import Machine, environment, this_machine
-from maskdm.engine.optim import Average, learning_rate, make_optimizer
+from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.ranks import Ranks, join_ranks
 from maskdm.engine.trainer import Progress, StageProgress, Step, Trainer, autocast
 from maskdm.engine.weights import Transfer, transfer
@@ -13,6 +13,7 @@ __all__ = [
     "Average",
     "Checkpoint",
     "Machine",
+    "PowerAverages",
     "Progress",
     "Ranks",
     "StageProgress",

@@ -43,17 +43,17 @@ def save(folder: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], n
     for file, group in tensors.items():
         path = partial / f"{file}.safetensors"
         save_file({key: value.detach().contiguous().cpu() for key, value in group.items()}, path)
-        _sync(path)
+        sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
     manifest = partial / _MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": files, **numbers}, indent=1))
-    _sync(manifest)
+    sync(manifest)
     final, old = folder / name, folder / f".{name}.old"
     if final.exists():  # out of the way in one move: a kill must not leave half of it
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
     os.replace(partial, final)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -103,7 +103,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Ask the disk to have it: a rename may otherwise become durable before the content does."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,14 +1,18 @@
-"""Optimizer, learning rate and the average of the weights."""
+"""Optimizer, learning rate and the averages of the weights."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from maskdm.config import Ema, Optimizer, Stage
+from maskdm.engine.posthoc import gamma_of, kept_share
 from maskdm.models import Denoiser
 
 
@@ -56,3 +60,48 @@ class Average:
     def restart(self, model: Denoiser) -> None:
         """Make the average equal to `model`."""
         self.model.load_state_dict(model.state_dict())
+
+
+class PowerAverages:
+    """Power-function averages of a model's parameters, in fp32, for `posthoc` (arXiv 2312.02696, eq. 4 and 8). None: no cost.
+
+    `time` counts the updates since the averages began, as the profiles do; a step that fp16 skipped is no update. `began` is
+    the run's step at which they did.
+    """
+
+    def __init__(self, model: Denoiser, sigma_rel: Sequence[float]) -> None:
+        self.sigma_rel = tuple(sigma_rel)
+        self.time = self.began = 0
+        self._names = [name for name, _ in model.named_parameters()]
+        self._gammas = [gamma_of(width) for width in self.sigma_rel]
+        self._averages = [[p.detach().clone() for p in model.parameters()] for _ in self.sigma_rel]
+
+    @torch.no_grad()
+    def update(self, model: Denoiser) -> None:
+        """Take the weights after a step in."""
+        self.time += 1
+        for gamma, average in zip(self._gammas, self._averages, strict=True):
+            update = get_ema_multi_avg_fn(kept_share(self.time, gamma))
+            update(average, list(model.parameters()), torch.tensor(self.time))  # pyright: ignore[reportArgumentType]
+
+    def restart(self, began: int) -> None:
+        """Forget everything, at this step of the run: the next update takes the weights as they are."""
+        self.time, self.began = 0, began
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages, by `sigma_rel/name`."""
+        return {
+            f"{width}/{name}": value
+            for width, average in zip(self.sigma_rel, self._averages, strict=True)
+            for name, value in zip(self._names, average, strict=True)
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state."""
+        return {"sigma_rel": list(self.sigma_rel), "time": self.time, "began": self.began}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Continue from a saved state of the same averages."""
+        for name, mine in self.tensors().items():
+            mine.copy_(tensors[name])
+        self.time, self.began = int(numbers["time"]), int(numbers["began"])

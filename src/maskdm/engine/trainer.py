@@ -19,7 +19,7 @@ from torch import Tensor
 from maskdm.config import Budget, Config, Stage
 from maskdm.data import Loader
 from maskdm.draws import derive, draw_step
-from maskdm.engine.optim import Average, learning_rate, make_optimizer
+from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.models import Denoiser
 from maskdm.objective import masked_denoising_loss
 
@@ -90,6 +90,7 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         self.network: Any = torch.compile(self.model) if config.hardware.compile else self.model
         self.average = Average(self.model, config.ema)
+        self.powers = PowerAverages(self.model, config.ema.sigma_rel if config.ema.snapshots else ())
         self.optimizer = make_optimizer(self.model, config.optimizer, config.stages[0].lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.progress = Progress(stages=[StageProgress() for _ in config.stages])
@@ -102,11 +103,13 @@ class Trainer:
         moments: dict[str, Tensor] = {}
         for parameter, state in self.optimizer.state.items():
             moments |= {f"{key}/{self._names[parameter]}": value for key, value in state.items()}
-        return {"model": self.model.state_dict(), "average": self.average.model.state_dict(), "optimizer": moments}
+        state = {"model": self.model.state_dict(), "average": self.average.model.state_dict(), "optimizer": moments}
+        powers = self.powers.tensors()
+        return state | {"powers": powers} if powers else state
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, as plain values."""
-        return {"progress": asdict(self.progress), "scaler": self.scaler.state_dict()}
+        return {"progress": asdict(self.progress), "scaler": self.scaler.state_dict(), "powers": self.powers.numbers()}
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
         """Continue from a state that `tensors` and `numbers` returned."""
@@ -121,6 +124,10 @@ class Trainer:
         progress["stages"] = [StageProgress(**stage) for stage in progress["stages"]]
         progress["stages"] += [StageProgress() for _ in self.config.stages[len(progress["stages"]) :]]
         self.progress = Progress(**progress)
+        if numbers.get("powers", {}).get("sigma_rel") == list(self.powers.sigma_rel):
+            self.powers.restore(tensors.get("powers", {}), numbers["powers"])
+        else:  # saved by a version without them, or under another setting: they begin here
+            self.powers.restart(self.progress.step)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(numbers["scaler"])
 
@@ -146,6 +153,7 @@ class Trainer:
         if stage.start_from == "ema":
             self.model.load_state_dict(self.average.model.state_dict())
         self.average.restart(self.model)
+        self.powers.restart(self.progress.step)
         self.optimizer = make_optimizer(self.model, self.config.optimizer, stage.lr)
 
     def _step(self, stage: Stage, done: StageProgress) -> Step:
@@ -164,8 +172,9 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the average must not count it
+        if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the averages must not count it
             self.average.update(self.model, done.steps)
+            self.powers.update(self.model)
         done.steps += 1
         done.images += stage.batch
         self.progress.step += 1

@@ -13,6 +13,7 @@ from maskdm.runs.observe import Diverged
 from maskdm.runs.resolve import TrainRequest
 from maskdm.runs.sample import SampleRequest, sample, sampling_settings
 from maskdm.runs.store import load_pipeline
+from maskdm.runs.sweep import SweepRequest, ema_sweep, parse_lengths
 from maskdm.runs.train import Interrupted, train
 
 __all__ = [
@@ -21,9 +22,12 @@ __all__ = [
     "EvaluateRequest",
     "Interrupted",
     "SampleRequest",
+    "SweepRequest",
     "TrainRequest",
     "describe_data",
+    "ema_sweep",
     "evaluate",
+    "parse_lengths",
     "report_run",
     "sample_run",
     "train",
@@ -32,7 +36,7 @@ __all__ = [
 
 def sample_run(request: SampleRequest, display: Display) -> list[Path]:
     """Draw images from the run that the request names. Raises UserError."""
-    pipeline, origin = load_pipeline(request.run)
+    pipeline, origin = load_pipeline(request.run, request.weights, request.ema)
     display.note(f"weights: {origin}")
     settings = sampling_settings(RunDirectory(request.run).config(), request)
     with display.counting(f"drawing {request.num} images") as progress:

@@ -27,9 +27,10 @@ class RunDirectory:
         self.evaluations_log = path / "evaluations.jsonl"
         self.best = path / "best"
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"
+        self.sweep_file = path / "ema_sweep.json"
         self.samples = path / "samples"
         self.model = path / "model"
-        self.tensorboard = path / "tensorboard"
 
     @property
     def started(self) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
 from maskdm.draws import derive
-from maskdm.engine import Step, Trainer, autocast
+from maskdm.engine import Step, Trainer, autocast, snapshots
 from maskdm.masking import draw
 from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
@@ -25,6 +25,8 @@ from maskdm.runs.sample import draw_images
 from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
 from maskdm.sampling import seeded
+from maskdm.settings import to_plain, to_yaml
+from maskdm.tracking import Trackers, network_histograms
 
 GRID_ROWS, GRID_COLUMNS = 10, 5
 STRIP_ROWS, STRIP_COLUMNS = 6, 10
@@ -40,14 +42,14 @@ class Observer:
     def __init__(
         self, run: RunDirectory, config: Config, trainer: Trainer, dataset: Dataset, rows: tuple[NDArray[np.int64], NDArray[np.int64]]
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=trainer.progress.step + 1)
+        self.trackers = Trackers(config.tracking, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
+        self.trackers.text("config", to_yaml(config), trainer.progress.step)
         self._losses = torch.zeros((), device=trainer.device)
         self._count = 0
         self._saved = -1
+        self._snapshots = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
@@ -65,6 +67,7 @@ class Observer:
         progress = self.trainer.progress
         if progress.stage < len(progress.stages):
             self._speed = (progress.stages[progress.stage].images, progress.seconds)
+            self._snapshots = self._due(progress.stages[progress.stage].share(self.config.stages[progress.stage].budget))
 
     # --- each step ---
 
@@ -75,21 +78,34 @@ class Observer:
             self.run.log("stage", step.number, stage=step.stage.name, state="start")
             self._speed = (0, self.trainer.progress.seconds - self._stage_seconds())
             self.watch.enter_stage()
+            self._snapshots = 0
         self._losses += step.loss
         self._count += 1
         if step.number % every.log == 0 or step.ends_stage or step.stage_step == 1:
             self._log(step, bar)
         ends = step.ends_stage
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
-            for name, value in self.watch.evaluate(step).items():
-                self.board.add_scalar(name, value, step.number)
+            self.trackers.scalars(self.watch.evaluate(step), step.number)
+            self._histograms(step)
             if not ends and self.watch.gives_up(step):
                 self.trainer.end_stage()
                 ends = True
         if (every.sample and step.number % every.sample == 0) or ends:
             self._sample(step)
+        if ends or self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
+            self._snapshot(step)
         if step.number % every.save == 0 or ends:
             self.save(step, ends)
+
+    def _due(self, share: float) -> int:
+        """Snapshots that this share of a stage's budget asks for."""
+        return int(share * self.config.ema.snapshots + 1e-9)
+
+    def _snapshot(self, step: Step) -> None:
+        self._check_finite(step)
+        self._snapshots = self._due(step.share)
+        if self.trainer.powers.time:  # 0 where fp16 has skipped every step so far
+            snapshots.save(self.run.snapshots / step.stage.name, self.trainer.powers, step.number, step.stage_step)
 
     def _stage_seconds(self) -> float:
         return self.trainer.progress.stages[self.trainer.progress.stage].seconds
@@ -102,8 +118,7 @@ class Observer:
         self.run.log(
             "train", step.number, stage=step.stage.name, stage_step=step.stage_step, images=step.images, seconds=step.seconds, **figures
         )
-        for name, value in figures.items():
-            self.board.add_scalar(f"train/{name}", value, step.number)
+        self.trackers.scalars({f"train/{name}": value for name, value in figures.items()}, step.number)
         bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures["images_per_second"], loss)
         self._losses.zero_()
         self._count = 0
@@ -134,6 +149,14 @@ class Observer:
         total = sum(stage["flops"] for stage in stages)
         self.run.write_info(self.run.info() | {"status": status, "error": error, "stages": stages, "flops": total})
 
+    def _tracker_failed(self, name: str, error: str) -> None:
+        self.run.log("tracker", self.trainer.progress.step, name=name, error=error, state="dropped")
+
+    def _histograms(self, step: Step) -> None:
+        if self.trackers:
+            for name, value in network_histograms(self.trainer.model, self.trainer.optimizer).items():
+                self.trackers.histogram(name, value, step.number)
+
     # --- samples of the averaged weights ---
 
     def _sample(self, step: Step) -> None:
@@ -143,7 +166,7 @@ class Observer:
         file = self.run.samples / f"step-{step.number:08}.png"
         picture.save(file)
         self.run.log("sample", step.number, stage=step.stage.name, file=f"samples/{file.name}")
-        self.board.add_image("samples", np.asarray(picture), step.number, dataformats="HWC")
+        self.trackers.image("samples", np.asarray(picture), step.number)
 
     @property
     def classes(self) -> list[str]:
@@ -165,7 +188,6 @@ class Observer:
         masks = self._mask_picture()
         if masks is not None:
             masks.save(self.run.path / "masks.png")
-        self.board.close()
         self.update_info("finished", None)
         write_report(self.run.path)
 

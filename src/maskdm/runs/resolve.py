@@ -16,6 +16,7 @@ from maskdm.runs.directory import RunDirectory
 from maskdm.runs.sample import check_guidance
 from maskdm.sampling import make_scheduler
 from maskdm.settings import differences, find, merge, override, read_yaml
+from maskdm.tracking import require
 
 Assignments = tuple[tuple[str, str], ...]
 """Settings given on the command line, as (name, text)."""
@@ -68,6 +69,7 @@ def resolve(request: TrainRequest) -> Resolved:
     hardware = replace(config.hardware, device=machine.device.type, precision=machine.precision)  # pyright: ignore[reportArgumentType]
     config = replace(config, hardware=hardware)
     make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)  # refuses what does not fit
+    require(config.tracking)
     check_guidance(config.sampling.guidance, config.data.conditional, config.diffusion.label_drop)
     reasons = (
         *reasons,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from maskdm.config import Config, Hardware
-from maskdm.engine import Trainer, checkpoint, this_machine
-from maskdm.errors import UserError
+from maskdm.engine import Trainer, checkpoint, snapshots, this_machine
+from maskdm.errors import UserError, nearest
 from maskdm.models import Denoiser, build
 from maskdm.runs.directory import RunDirectory, Weights
 from maskdm.sampling import MaskDMPipeline, make_scheduler
@@ -83,6 +83,37 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def stage_snapshots(path: Path, stage: str | None = None) -> tuple[str, dict[Path, snapshots.Snapshot]]:
+    """The name and the snapshots of a run's stage, by default the last that has any. Raises UserError where there are none."""
+    run = RunDirectory.existing(path)
+    names = [each.name for each in run.config().stages]
+    if stage is not None and stage not in names:
+        raise UserError(f"--stage '{stage}' is no stage of {path}, which has {', '.join(names)}{nearest(stage, names)}")
+    for name in [stage] if stage else reversed(names):
+        found = snapshots.found(run.snapshots / name)
+        if found:
+            return name, found
+    where = f"stage {stage} of {path}" if stage else f"{path}"
+    raise UserError(
+        f"{where} has no snapshots of averages; train with --ema.snapshots 8 (a stage) to choose the average's length afterwards"
+    )
+
+
+def reconstruct_ema(path: Path, sigma_rel: float, stage: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """The weights of a run averaged over a length of `sigma_rel` at a stage's last snapshot, and where they came from.
+
+    Raises UserError where there is no run or no snapshot, for a damaged one, and for a length that no average has.
+    """
+    name, stored = stage_snapshots(path, stage)
+    weights, fit = snapshots.average(stored, sigma_rel)
+    latest = max(each.step for each in stored.values())
+    count = f"{len(stored)} snapshot{'s' if len(stored) > 1 else ''}"
+    return (
+        weights,
+        f"{path / 'snapshots' / name} (average of sigma_rel {sigma_rel:g} at step {latest}, from {count}, off by {fit.misfit:.1%})",
+    )
+
+
 def make_pipeline(model: Denoiser, config: Config, class_names: list[str]) -> MaskDMPipeline:
     """A pipeline with the run's scheduler around a network."""
     scheduler = make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)
@@ -100,10 +131,17 @@ def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def load_pipeline(path: Path, weights: Weights = "ema") -> tuple[MaskDMPipeline, str]:
-    """The pipeline of a run, with weights of its latest checkpoint or the best ones, on this machine's device; and whence."""
+def load_pipeline(path: Path, weights: Weights = "ema", sigma_rel: float | None = None) -> tuple[MaskDMPipeline, str]:
+    """The pipeline of a run on this machine's device, and whence its weights.
+
+    They are those of its latest checkpoint or the best ones, or averaged over `sigma_rel` at its last snapshot.
+    """
     config = RunDirectory.existing(path).config()
     model, state, origin = load_denoiser(path, weights)
+    if sigma_rel is not None and weights != "ema":
+        raise UserError(f"--weights {weights} and --ema {sigma_rel:g} both given; name one")
+    if sigma_rel is not None:
+        state, origin = reconstruct_ema(path, sigma_rel)
     model.load_state_dict(state)
     machine = this_machine(Hardware())
     torch.set_num_threads(machine.cores)

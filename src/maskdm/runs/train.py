@@ -21,7 +21,7 @@ import maskdm
 from maskdm.config import Config
 from maskdm.data import Dataset, Loader, prepare
 from maskdm.draws import derive
-from maskdm.engine import Trainer, Transfer, checkpoint, environment, transfer
+from maskdm.engine import Trainer, Transfer, checkpoint, environment, snapshots, transfer
 from maskdm.errors import UserError
 from maskdm.models import Denoiser, build
 from maskdm.report import write_report
@@ -62,12 +62,17 @@ def train(request: TrainRequest, command: str, display: Display) -> str:
     if saved is not None:
         trainer.restore(saved.tensors, saved.numbers)
         display.note(f"resuming from {saved.path} (step {trainer.progress.step})")
+        if trainer.powers.sigma_rel and trainer.powers.time == 0:
+            display.note("  it has no averages for snapshots (an older version, or another ema.sigma_rel): they begin here")
     _begin(run, resolved, dataset, trainer, command, report, display)
     observer = Observer(run, config, trainer, dataset, (training, heldout))
     if saved is not None:
         observer.restore(saved.numbers["meter"])
-    _run(run, trainer, observer, display)
-    observer.finish()
+    try:
+        _run(run, trainer, observer, display)
+        observer.finish()
+    finally:
+        observer.trackers.close()
     return f"trained in {trainer.progress.seconds:.0f} s\n{_results(run)}"
 
 
@@ -160,6 +165,7 @@ def _begin(
     run.write_info(info)
     run.write_config(config)
     run.forget_after(step if resumed else -1)
+    snapshots.forget_after(run.snapshots, step if resumed else -1)
     if resumed:
         run.log("resume", step)
     if resolved.changed:
