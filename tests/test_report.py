@@ -18,7 +18,7 @@ from maskdm.report.page import duration, number, percent
 from maskdm.report.run import MAX_FRAMES
 
 HOSTILE = "<script>alert('x')</script>&\"q'"
-SECTIONS = ["samples", "quality", "neighbours", "stages", "loss", "time", "masks", "data", "choices", "repeat"]
+SECTIONS = ["samples", "quality", "copies", "colour", "stages", "loss", "time", "denoising", "masks", "data", "choices", "repeat"]
 STEPS = range(20, 401, 20)
 
 
@@ -84,7 +84,11 @@ def _events() -> list[dict[str, Any]]:
         at = {"step": step, "stage": "masked" if step <= 200 else "whole", "seconds": step / 10}
         events.append({"event": "train", **at, "loss": 1 / step, "lr": 2e-4})
         if step % 80 == 0:
-            events.append({"event": "heldout", **at, "loss": 2 / step, "levels": [{"t": 62.5, "loss": 0.5}, {"t": 562.5, "loss": 0.1}]})
+            levels = [{"t": 62.5, "loss": 0.5}, {"t": 562.5, "loss": 0.1}]
+            known = {"train_loss": 1.5 / step, "train_levels": levels}
+            events.append({"event": "heldout", **at, "loss": 2 / step, "levels": levels, **known})
+            figures = {"kernel_distance": 40 / step - 0.2, "kernel_distance_interval": [40 / step - 0.3, 40 / step - 0.1]}
+            events.append({"event": "evaluate", **at, **figures})
             events.append({"event": "sample", **at, "file": f"samples/step-{step:08d}.png"})
     return events
 
@@ -92,10 +96,15 @@ def _events() -> list[dict[str, Any]]:
 def _measures() -> dict[str, Any]:
     measures: dict[str, Any] = {"num_samples": 500, "class_accuracy": 0.95, "class_accuracy_heldout": 0.96, "frechet_distance": 1.0}
     measures |= {"frechet_distance_heldout": 0.5, "frechet_distance_matched": 0.7, "precision": 0.9, "recall": None}
-    measures |= {
-        "kernel_distance": {"value": 0.002, "standard_error": 0.0004},
-        "nearest_train": {"features_samples": 2.0, "features_ratio": 0.45},
-    }
+    measures |= {"kernel_distance": 0.002, "kernel_distance_interval": [0.0012, 0.0028], "frechet_distance_interval": [0.8, 1.2]}
+    worst = {"sample": 17, "train": 3, "name": "cat/17.png", "ratio": 0.125, "space": "pixels", "mirrored": True, "shift": [0, 1]}
+    measures["copies"] = {"share": 0.03, "share_interval": [0.02, 0.05], "heldout_share": 0.001, "heldout_share_interval": [0.0, 0.004]}
+    measures["copies"] |= {"threshold": 1 / 3, "worst": [worst]}
+    red = {"name": "red", "samples": 0.5, "real": 0.4, "difference": 0.1, "interval": [0.08, 0.12], "drift": True}
+    shares = {"channel": "red", "samples": [0.5, 0.5], "real": [0.25, 0.75]}
+    measures["colour"] = {"drift": True, "verdict": "Samples are more red.", "statistics": [red], "histograms": [shares]}
+    measures["classes"] = [{"name": "zero", "num_samples": 50, "kernel_distance": 0.01, "class_accuracy": 0.875}]
+    measures["verdicts"] = ["It copies: 3 % of the samples.", "Only 500 samples were measured: take the figures as rough."]
     return measures | {"features": {"name": "self", "hash": "feed"}, "provenance": {"scheduler": "ddim", "steps": 50}}
 
 
@@ -114,7 +123,8 @@ def run(tmp_path: Path) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "metrics.json").write_text(json.dumps(_measures()))
     (folder / "config.yaml").write_text("data:\n  source: digits\n")
-    files = ["samples.png", "masks.png", "neighbours.png", *(event["file"] for event in events if event["event"] == "sample")]
+    pictures = ["samples.png", "masks.png", "neighbours.png", "copies.png", "denoising.png"]
+    files = [*pictures, *(event["file"] for event in events if event["event"] == "sample")]
     for file in files:
         _picture(folder / file)
     return folder
@@ -132,10 +142,10 @@ def test_a_finished_run_has_every_part(run: Path) -> None:
     summary += "a masked stage seeing 25_% of the patches, then whole images."
     assert summary.replace("_", "\u202f") in page.words
     assert "3.00\u00d7" in page.words and "75\u202f% of the ideal 4.00\u00d7" in page.words  # 900 over 300 images/s
-    assert "1.4 times the held-out images' Frechet distance" in page.words  # at equal counts
-    assert "Strong suspicion of copying" in page.words
-    assert "0.45 times as far" in page.words and "Only 500 samples" in page.words
-    assert "0.002 \u00b1 0.0004" in page.words
+    assert "It copies: 3 % of the samples." in page.words and "Only 500 samples" in page.words
+    assert "0.0020.0012 to 0.0028" in page.words and "3\u202f%2\u202f% to 5\u202f%" in page.words
+    assert "cat/17.png" in page.words and "pixels, mirrored" in page.words and "zero" in page.words
+    assert "Samples are more red." in page.words and "10\u202f%8\u202f% to 12\u202f%" in page.words
     assert "source: digits" in page.words and "a/bad.png" in page.words and "patch 2: it fits" in page.words
     assert "FID" not in page.words
     assert not list(run.glob(".report*"))
@@ -147,7 +157,7 @@ def test_headings_are_in_order_and_pictures_have_words(run: Path) -> None:
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
     assert all(image["alt"] for image in page.all("img"))
-    assert len(page.all("svg")) == 3 and all(svg["aria-label"] for svg in page.all("svg"))
+    assert len(page.all("svg")) == 5 and all(svg["aria-label"] for svg in page.all("svg"))
 
 
 def test_nothing_comes_from_outside(run: Path) -> None:
@@ -167,7 +177,7 @@ def test_slider_holds_every_grid_and_shows_the_last(run: Path) -> None:
     assert len(frames) == 5 and control["max"] == "4"
     assert [("hidden" in frame) for frame in frames] == [True] * 4 + [False]
     assert frames[-1]["data-caption"] == "step 400, stage whole"
-    assert len(page.all("img")) == 5 + 3
+    assert len(page.all("img")) == 5 + 5
 
 
 def test_many_grids_are_thinned_to_the_first_and_last_and_some_between(run: Path) -> None:
@@ -195,7 +205,6 @@ def test_whatever_comes_from_files_is_escaped(run: Path) -> None:
     events = [{**event, "stage": f"{event.get('stage')}{HOSTILE}"} for event in _events()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     measures = _poison(_measures())
-    measures["nearest_train"][HOSTILE] = 1.0
     measures["provenance"][HOSTILE] = HOSTILE
     (run / "metrics.json").write_text(json.dumps(measures))
     (run / "config.yaml").write_text(HOSTILE)
@@ -209,15 +218,15 @@ def test_whatever_comes_from_files_is_escaped(run: Path) -> None:
 
 
 MISSING = {"metrics.jsonl": "loss", "metrics.json": "quality", "config.yaml": "repeat", "samples.png": "samples"}
-MISSING |= {"masks.png": "masks", "neighbours.png": "neighbours", "samples": "time"}
+MISSING |= {"masks.png": "masks", "neighbours.png": "copies", "copies.png": "copies", "denoising.png": "denoising", "samples": "time"}
 
 
 @pytest.mark.parametrize("name", MISSING)
 def test_each_file_may_be_absent(run: Path, name: str) -> None:
     (run / name).rename(run.parent / "away")
     page = _report(run)
-    said = MISSING[name] if name in ("masks.png", "samples") else None  # the others say in words that there is nothing
-    assert page.sections == [section for section in SECTIONS if section != said]
+    left_out = {"masks.png": ["masks"], "denoising.png": ["denoising"], "samples": ["time"], "metrics.json": ["copies", "colour"]}
+    assert page.sections == [section for section in SECTIONS if section not in left_out.get(name, [])]  # others say that there is nothing
     assert "Traceback" not in page.words and "None" not in page.words and "nan" not in page.words
 
 
@@ -277,7 +286,11 @@ def test_a_diverged_loss_is_named(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("losses", "words"),
-    [([0.4, 0.3, 0.2, 0.1], "still fell by 50"), ([0.4, 0.1, 0.1, 0.1], "levelled off"), ([0.4, 0.1, 0.1, 0.2], "rose from 0.1")],
+    [
+        ([0.4, 0.3, 0.2, 0.1], "Still improving: the held-out loss fell by 50"),
+        ([0.4, 0.1, 0.1, 0.1], "levelled off"),
+        ([0.4, 0.1, 0.1, 0.2], "rose from 0.1"),
+    ],
 )
 def test_the_course_of_the_heldout_loss_in_words(run: Path, losses: list[float], words: str) -> None:
     records = [{"event": "heldout", "step": i, "stage": "whole", "seconds": i, "loss": loss} for i, loss in enumerate(losses)]
@@ -299,3 +312,58 @@ def test_numbers_for_people() -> None:
     assert [percent(value) for value in (0.875, 1.0)] == ["87.5\u202f%", "100\u202f%"]
     said = ["4.2 s", "42 s", "3 min 20 s", "2 h", "3 d 4 h"]
     assert [duration(value).replace("\u202f", " ") for value in (4.2, 42, 200, 7200, 276000)] == said
+
+
+def test_a_run_that_was_killed_is_told_from_one_that_goes_on(run: Path) -> None:
+    import os
+    import platform
+
+    import psutil
+
+    here = {"pid": os.getpid(), "host": platform.node(), "started": psutil.Process().create_time()}
+    for process, words in (
+        (here, "is learning"),
+        (here | {"started": 1.0}, "was ended, by a kill"),
+        (here | {"started": 1.0, "host": "elsewhere"}, "is learning"),
+        ({}, "is learning"),
+    ):
+        (run / "run.json").write_text(json.dumps(_card(status="running", process=process)))
+        assert words in _report(run).words, process
+    (run / "run.json").write_text(json.dumps(_card(status="stopped")))
+    assert "was stopped while learning" in _report(run).words
+
+
+def test_only_inceptions_distance_is_called_fid(run: Path) -> None:
+    assert "FID" not in _report(run).words
+    (run / "metrics.json").write_text(json.dumps(_measures() | {"fid": 1.0}))
+    assert "FID" in _report(run).words
+
+
+def test_evaluations_are_listed_and_those_of_other_features_marked(run: Path) -> None:
+    other = _measures() | {"features": {"name": "onnx", "hash": "beef"}}
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (other, _measures())))
+    page = _report(run)
+    assert "All evaluations (2)" in page.words
+    assert page.words.count("does not compare") == 1
+
+
+def test_best_and_early_stop_are_said(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write('{"event": "best", "step": 320, "stage": "whole", "measure": "heldout-loss", "value": 0.005}\n')
+        lines.write('{"event": "early_stop", "step": 400, "stage": "whole", "measure": "heldout-loss", "best": 0.005, "since": 5}\n')
+    words = _report(run).words
+    assert "Best heldout-loss: 0.005 at step 320" in words and "5 evaluations without a better one" in words
+
+
+def test_lengths_of_averages_are_drawn(run: Path) -> None:
+    sweep = {"points": [{"sigma_rel": s, "value": 0.1 + s} for s in (0.05, 0.1)], "measure": "heldout-loss", "best": 0.05}
+    (run / "ema_sweep.json").write_text(json.dumps(sweep | {"ordinary": {"value": 0.12}}))
+    page = _report(run)
+    assert "Length of the average" in page.words and "the best is 0.05" in page.words
+
+
+def test_a_page_of_large_pictures_stays_small(run: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), dtype=np.uint8)
+    for name in ("samples.png", "masks.png", "samples/step-00000080.png", "samples/step-00000160.png", "samples/step-00000240.png"):
+        Image.fromarray(noise).save(run / name, compress_level=1)
+    assert write_report(run).stat().st_size < 8_000_000

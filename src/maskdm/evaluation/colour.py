@@ -124,5 +124,5 @@ def _verdict(drifted: list[dict[str, object]]) -> str:
     for each in drifted:
         difference, name = float(str(each["difference"])), str(each["name"])
         up, down = _WORDS.get(name, (f"more {name}", f"less {name}"))
-        parts.append(f"{up if difference > 0 else down} by {abs(difference):.1%} of the range")
+        parts.append(f"{up if difference > 0 else down} by {100 * abs(difference):.1f} % of the range")
     return f"Samples are {', '.join(parts)} than the real images."

@@ -27,14 +27,18 @@ COPYING = 0.005
 """Copies beyond what held-out images show, interval and all, are called copying above this share."""
 
 
+Verdict = tuple[bool, str]
+"""Whether it is bad news, and the sentence."""
+
+
 def verdicts(measures: Mapping[str, Any], called: str = "training images") -> list[str]:
     """Sentences about the measures of `evaluate_samples`, the gravest first; `called`: the images of the reference."""
-    said = [_copies(measures, called), _overfitting(measures), _distance(measures), _accuracy(measures), _variety(measures)]
+    found = [_copies(measures, called), _overfitting(measures), _distance(measures), _accuracy(measures), _variety(measures)]
     colour = measures.get("colour")
-    said.append(colour["verdict"] if colour else None)
-    if measures["num_samples"] < 1000:
-        said.append(f"Only {measures['num_samples']} samples were measured: take the figures as rough.")
-    return [sentence for sentence in said if sentence]
+    found.append((colour["drift"], colour["verdict"]) if colour else None)
+    said = sorted((each for each in found if each is not None), key=lambda each: not each[0])
+    few = [f"Only {measures['num_samples']} samples were measured: take the figures as rough."] if measures["num_samples"] < 1000 else []
+    return [sentence for _, sentence in said] + few
 
 
 def _grade(value: float, grades: tuple[tuple[float, str], ...]) -> str:
@@ -51,7 +55,7 @@ def _estimate(measures: Mapping[str, Any], key: str) -> Estimate | None:
     return None if value is None else Estimate(value, *measures[f"{key}_interval"])
 
 
-def _copies(measures: Mapping[str, Any], called: str) -> str:
+def _copies(measures: Mapping[str, Any], called: str) -> Verdict:
     copies = measures["copies"]
     ours, new = _estimate(copies, "share"), _estimate(copies, "heldout_share")
     assert ours is not None
@@ -59,48 +63,48 @@ def _copies(measures: Mapping[str, Any], called: str) -> str:
     shown = f"{_percent(ours.value)} of the samples (95 % interval {_percent(ours.low)} to {_percent(ours.high)})"
     calibration = "" if new is None else f"; of new real images {_percent(new.value)} look so"
     if beyond.low > COPYING:
-        return f"It copies: {shown} are near-copies of {called}{calibration}."
+        return True, f"It copies: {shown} are near-copies of {called}{calibration}."
     if ours.value == 0:
-        return f"No sign of copying: none of {copies['num_samples']} samples is a near-copy of one of the {called}."
-    return f"No sign of copying beyond chance: {shown} look like {called}{calibration}."
+        return False, f"No sign of copying: none of {copies['num_samples']} samples is a near-copy of one of the {called}."
+    return False, f"No sign of copying beyond chance: {shown} look like {called}{calibration}."
 
 
-def _overfitting(measures: Mapping[str, Any]) -> str | None:
+def _overfitting(measures: Mapping[str, Any]) -> Verdict | None:
     denoising = measures.get("denoising")
     if not denoising:
         return None
     low, train = denoising["gap_interval"][0], denoising["train"]
     shown = f"the denoising loss is {denoising['train']:.4g} on training images and {denoising['heldout']:.4g} on held-out ones"
     if low > OVERFITTING * train:
-        return f"It overfits: {shown}."
-    return f"No overfitting to speak of: {shown}."
+        return True, f"It overfits: {shown}."
+    return False, f"No overfitting to speak of: {shown}."
 
 
-def _distance(measures: Mapping[str, Any]) -> str | None:
+def _distance(measures: Mapping[str, Any]) -> Verdict | None:
     distance, floor = measures.get("frechet_distance_matched"), measures.get("frechet_distance_heldout")
     kernel, kernel_heldout = _estimate(measures, "kernel_distance"), _estimate(measures, "kernel_distance_heldout")
     if not distance or not floor or kernel is None or kernel_heldout is None:
         return None
     ratio = distance / floor
     if measures["headline"] == "kernel_distance" and kernel.low <= kernel_heldout.high and ratio > 1.5:
-        return f"Their kernel distance is within the error of new real images'; their Frechet distance is {ratio:.1f} times theirs."
-    return f"Samples are {_grade(ratio, _APART)} new real images: {ratio:.2g} times the Frechet distance at equal counts."
+        return False, f"Their kernel distance is within the error of new real images'; their Frechet distance is {ratio:.1f} times theirs."
+    return ratio > 1.5, f"Samples are {_grade(ratio, _APART)} new real images: {ratio:.2g} times the Frechet distance at equal counts."
 
 
-def _accuracy(measures: Mapping[str, Any]) -> str | None:
+def _accuracy(measures: Mapping[str, Any]) -> Verdict | None:
     accuracy, real = measures.get("class_accuracy"), measures.get("class_accuracy_heldout")
     if accuracy is None or real is None:
         return None
     shares = f"a classifier is right on {_percent(accuracy)} of them, and on {_percent(real)} of held-out images"
-    return f"Samples are {_grade(real - accuracy, _RECOGNISED)} real images: {shares}."
+    return real - accuracy > 0.02, f"Samples are {_grade(real - accuracy, _RECOGNISED)} real images: {shares}."
 
 
-def _variety(measures: Mapping[str, Any]) -> str | None:
+def _variety(measures: Mapping[str, Any]) -> Verdict | None:
     ours, real = _estimate(measures, "coverage"), _estimate(measures, "coverage_heldout")
     if ours is None or real is None:
         return None
     missing = difference_of_shares(real, ours)
     if missing.low > 0.05:
         reached = f"samples come near {_percent(ours.value)} of the real images, new real images near {_percent(real.value)}"
-        return f"Variety is lacking: {reached}."
+        return True, f"Variety is lacking: {reached}."
     return None

@@ -19,6 +19,8 @@ class Series:
     faint: Sequence[tuple[float, float]] = ()
     strength: float = 1.0
     dots: bool = False
+    bars: Sequence[tuple[float, float, float]] = ()
+    """Intervals (x, low, high)."""
 
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 58, 14, 12, 46
@@ -50,34 +52,41 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Data to picture units; y is logarithmic, since a loss falls by factors."""
+    """Data to picture units; y is logarithmic where all of it is above 0, since a loss falls by factors."""
 
     x: tuple[float, float]
     y: tuple[float, float]
+    logarithmic: bool
 
     def across(self, x: float) -> float:
         return LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)
 
     def down(self, y: float) -> float:
-        low, high = math.log(self.y[0]), math.log(self.y[1])
-        return TOP + (high - math.log(y)) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        low, high, at = (math.log(value) if self.logarithmic else value for value in (*self.y, y))
+        return TOP + (high - at) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def path(self, line: Sequence[tuple[float, float]]) -> str:
         return " ".join(f"{self.across(x):.1f},{self.down(y):.1f}" for x, y in line)
 
 
-def _scale(series: Sequence[Series]) -> _Scale:
+def _scale(series: Sequence[Series], logarithmic: bool) -> _Scale:
     every = [point for line in series for point in (*line.points, *line.faint)]
-    xs, ys = [x for x, _ in every], [y for _, y in every]
+    xs = [x for x, _ in every]
+    ys = [y for _, y in every] + [y for line in series for _, low, high in line.bars for y in (low, high)]
     low, high = min(ys), max(ys)
-    room = 1.04 if high > low else 1.5
-    return _Scale((min(0.0, min(xs)), max(max(xs), 1e-9)), (low / room, high * room))
+    across = (min(0.0, min(xs)), max(max(xs), 1e-9))
+    if logarithmic:
+        room = 1.04 if high > low else 1.5
+        return _Scale(across, (low / room, high * room), True)
+    low, high = min(low, 0.0), max(high, 0.0)
+    room = 0.05 * (high - low) or 1.0
+    return _Scale(across, (low - room, high + room), False)
 
 
 def _axes(scale: _Scale, x_label: str, y_label: str) -> str:
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     parts: list[str] = []
-    for y in _log_ticks(*scale.y):
+    for y in _log_ticks(*scale.y) if scale.logarithmic else _linear_ticks(*scale.y):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{scale.down(y):.1f}" y2="{scale.down(y):.1f}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{scale.down(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in _linear_ticks(*scale.x):
@@ -94,6 +103,8 @@ def _line(scale: _Scale, line: Series) -> str:
     if line.faint:
         parts.append(f'<polyline class="faint" points="{scale.path(line.faint)}"/>')
     parts.append(f'<polyline class="curve" points="{scale.path(line.points)}"/>')
+    for x, low, high in line.bars:
+        parts.append(f'<polyline class="curve" points="{scale.path([(x, low), (x, high)])}"/>')
     if line.dots or len(line.points) == 1:
         for x, y in line.points:
             hint = f"<title>{text(line.name)}: {number(x)}, {number(y)}</title>"
@@ -101,12 +112,20 @@ def _line(scale: _Scale, line: Series) -> str:
     return "".join(parts) + "</g>"
 
 
-def chart(title: str, x_label: str, y_label: str, series: Sequence[Series], marks: Sequence[tuple[float, str]] = (), note: str = "") -> str:
-    """Lines over a logarithmic y axis, with vertical `marks` (x, name); '' when there is nothing to draw. Points need y > 0."""
+def chart(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    marks: Sequence[tuple[float, str]] = (),
+    note: str = "",
+    logarithmic: bool = True,
+) -> str:
+    """Lines over a logarithmic y axis (then y > 0) or one from 0, with vertical `marks` (x, name); '' when there is nothing to draw."""
     series = [line for line in series if line.points]
     if not series:
         return ""
-    scale = _scale(series)
+    scale = _scale(series, logarithmic)
     drawn = "".join(_line(scale, line) for line in series)
     for x, name in marks:
         at, late = scale.across(x), x > (scale.x[0] + 2 * scale.x[1]) / 3
@@ -118,4 +137,24 @@ def chart(title: str, x_label: str, y_label: str, series: Sequence[Series], mark
     return (
         f'<figure class="chart"><h3>{title}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}: {text(ends)}">'
         f"{_axes(scale, x_label, y_label)}{drawn}</svg>{bullets(names, 'legend')}<figcaption>{note}</figcaption></figure>"
+    )
+
+
+def histogram(title: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Shares of two sets in the same bins: samples as an outline, real images filled; '' where there are none."""
+    if not ours or len(ours) != len(theirs):
+        return ""
+    width, height = 240, 110
+    top = max(*ours, *theirs) or 1.0
+
+    def outline(shares: Sequence[float]) -> str:
+        step = width / len(shares)
+        corners = [(x, height - share / top * (height - 6)) for i, share in enumerate(shares) for x in (i * step, (i + 1) * step)]
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in [(0.0, float(height)), *corners, (float(width), float(height))])
+
+    label = f"{title}: shares of the values from dark to bright, samples and real images"
+    return (
+        f'<figure class="chart small"><h3>{text(title)}</h3><svg viewBox="0 0 {width} {height}" role="img" aria-label="{text(label)}">'
+        f'<polygon class="filled" points="{outline(theirs)}"/><polyline class="curve" style="--c: var(--c0)" points="{outline(ours)}"/>'
+        f"</svg></figure>"
     )

@@ -111,6 +111,14 @@ def number(value: int | float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
+def scaled(value: float, unit: str) -> str:
+    """1.2e12 FLOP -> '1.2 TFLOP'."""
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.3g}{GAP}{prefix}{unit}"
+    return f"{value:.3g}{GAP}{unit}"
+
+
 def word(record: Json, key: str) -> str:
     """The value under `key` as escaped text, or a question mark."""
     return text(record.get(key, "?"))
@@ -171,6 +179,18 @@ def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], wide: b
     )
 
 
+LARGE, MAX_SIDE = 600_000, 1600
+"""Bytes above which a picture is put into the page as a JPEG of at most so many pixels a side."""
+
+
+def _smaller(image: Any) -> bytes:
+    found = image.convert("RGB")
+    found.thumbnail((MAX_SIDE, MAX_SIDE))
+    stream = io.BytesIO()
+    found.save(stream, "JPEG", quality=85)
+    return stream.getvalue()
+
+
 def picture(path: Path, alt: str, width: int = 640, attributes: str = "") -> str | None:
     """The image file as an <img> with its bytes inside, small ones enlarged by a whole factor up to `width` pixels.
 
@@ -183,6 +203,8 @@ def picture(path: Path, alt: str, width: int = 640, attributes: str = "") -> str
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             across, down, kind = image.width, image.height, Image.MIME[image.format or "PNG"]
+            if len(data) > LARGE:
+                data, kind = _smaller(image), "image/jpeg"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     factor = max(1, width // across)
