@@ -14,19 +14,20 @@ PUBLIC = {
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"],
     "maskdm.engine": [
-        "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "StageProgress", "Step", "Trainer", "Transfer", "autocast",
-        "environment", "learning_rate", "make_optimizer", "this_machine", "transfer",
+        "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "Ranks", "StageProgress", "Step", "Trainer", "Transfer",
+        "autocast", "environment", "join_ranks", "learning_rate", "make_optimizer", "this_machine", "transfer",
     ],
     "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded"],
     "maskdm.evaluation": [
-        "Evaluation", "FeatureNetwork", "Images", "KernelDistance", "Labels", "Neighbours", "PrecisionRecall", "Statistics",
-        "cached_self", "evaluate_samples", "frechet_distance", "kernel_distance", "load_self", "nearest", "precision_recall",
-        "train_self",
+        "DenoisingLoss", "Estimate", "Evaluation", "Extractor", "FeatureNetwork", "ImageSet", "Images", "KernelDistance", "Labels",
+        "Manifold", "Matches", "Neighbours", "Progress", "Searcher", "SelfNetwork", "Statistics", "Subject", "cached_self",
+        "colour_drift", "denoising_loss", "digest", "evaluate_samples", "fill", "frechet_distance", "frechet_halves",
+        "frechet_infinity", "frechet_standard_error", "kernel_distance", "load_self", "manifold", "nearest", "overfitting", "train_self",
     ],
     "maskdm.recipes": ["RECIPES", "Choice", "choose", "cifar10", "digits", "emoji", "recipe"],
     "maskdm.runs": [
-        "Display", "Diverged", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest", "describe_data", "ema_sweep", "evaluate_run",
-        "parse_lengths", "report_run", "sample_run", "train",
+        "Display", "Diverged", "EvaluateRequest", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest", "describe_data",
+        "ema_sweep", "evaluate", "parse_lengths", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

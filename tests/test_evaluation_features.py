@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskdm.errors import UserError
-from maskdm.evaluation import FeatureNetwork, Statistics, cached_self, frechet_distance, load_self, nearest, train_self
+from maskdm.evaluation import SelfNetwork, Statistics, cached_self, frechet_distance, load_self, nearest, train_self
 from maskdm.evaluation import training as training_module
 from maskdm.evaluation.training import augment
 
@@ -27,11 +28,11 @@ def digits() -> Digits:
 
 
 @pytest.fixture(scope="module")
-def network(digits: Digits) -> FeatureNetwork:
+def network(digits: Digits) -> SelfNetwork:
     return train_self(*digits, seed=0, max_seconds=600.0, steps=120)
 
 
-def test_supervised_network_knows_held_out_digits(network: FeatureNetwork, digits: Digits) -> None:
+def test_supervised_network_knows_held_out_digits(network: SelfNetwork, digits: Digits) -> None:
     _, _, images, labels = digits
     predicted = network.predict(images)
     assert predicted is not None
@@ -41,7 +42,7 @@ def test_supervised_network_knows_held_out_digits(network: FeatureNetwork, digit
     assert not network.training.cut_short
 
 
-def test_features_of_training_images_are_standardised_and_do_not_depend_on_the_batch(network: FeatureNetwork, digits: Digits) -> None:
+def test_features_of_training_images_are_standardised_and_do_not_depend_on_the_batch(network: SelfNetwork, digits: Digits) -> None:
     features = network.features(digits[0])
     assert features.shape == (1438, network.dimensions)
     torch.testing.assert_close(features.mean(dim=0), torch.zeros(128), atol=1e-3, rtol=0)
@@ -50,7 +51,7 @@ def test_features_of_training_images_are_standardised_and_do_not_depend_on_the_b
     assert network.features(digits[0][:0]).shape == (0, 128)
 
 
-def test_held_out_features_look_like_training_features(network: FeatureNetwork, digits: Digits) -> None:
+def test_held_out_features_look_like_training_features(network: SelfNetwork, digits: Digits) -> None:
     train, heldout = network.features(digits[0]), network.features(digits[2])
     distance = frechet_distance(Statistics.of(heldout), Statistics.of(train))
     apart = frechet_distance(Statistics.of(network.features(255 - digits[2])), Statistics.of(train))
@@ -79,6 +80,7 @@ def test_self_supervised_features_keep_digits_together(digits: Digits) -> None:
     network = train_self(train, None, heldout, None, seed=0, max_seconds=600.0, steps=60)
     assert network.name == "self (self-supervised)"
     assert network.predict(heldout) is None
+    assert network.num_classes == 0
     assert network.accuracy_heldout is None
     found = nearest(network.features(heldout), network.features(train)).indices[:, 0]
     assert float((train_labels[found] == heldout_labels).double().mean()) > 0.85
@@ -96,12 +98,30 @@ def test_any_size_and_colour(shape: tuple[int, int, int]) -> None:
     assert network.features(images).shape == (24, 128)
     assert torch.isfinite(network.features(images)).all()
     assert network.accuracy_heldout is None
+    assert ("averaged down to 43 x 64" in network.preprocessing) == (shape == (3, 96, 64))
 
 
-def test_save_and_load(network: FeatureNetwork, digits: Digits, tmp_path: Path) -> None:
+def test_a_network_that_gives_nan_is_refused(network: SelfNetwork, digits: Digits) -> None:
+    broken = copy.deepcopy(network)
+    broken.encoder.scale.running_mean.fill_(torch.nan)  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"features of self \(supervised, 10 classes\) hold NaN"):
+        broken.features(digits[2])
+
+
+def test_images_mapped_from_a_file_are_read_in_pieces(network: SelfNetwork, digits: Digits, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", digits[2].numpy())
+    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
+    torch.testing.assert_close(network.features(mapped, batch=100), network.features(digits[2], batch=100), atol=0, rtol=0)
+    assert mapped.flags.writeable is False
+
+
+def test_save_and_load(network: SelfNetwork, digits: Digits, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "network.safetensors"
     network.save(path)
     loaded = load_self(path)
+    assert loaded.num_classes == 10
+    assert not loaded.is_fid
+    assert loaded.provenance()["preprocessing"] == "each channel to mean 0 and deviation 1 over the training images"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert loaded.provenance() == network.provenance()
     torch.testing.assert_close(loaded.features(digits[2]), network.features(digits[2]), atol=0, rtol=0)
@@ -118,7 +138,7 @@ def test_save_and_load(network: FeatureNetwork, digits: Digits, tmp_path: Path) 
 def test_cache_trains_once_per_key_and_again_when_damaged(digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[int] = []
 
-    def quick(*args: object) -> FeatureNetwork:
+    def quick(*args: object, device: torch.device) -> SelfNetwork:
         trained.append(1)
         return train_self(*digits, seed=3, steps=1)
 
@@ -161,7 +181,7 @@ def test_augmentation_moves_light_and_place_and_covers_a_square_alone() -> None:
     assert (covered == 16).double().mean() > 0.9
 
 
-def test_bad_images_are_named(network: FeatureNetwork, digits: Digits) -> None:
+def test_bad_images_are_named(network: SelfNetwork, digits: Digits) -> None:
     with pytest.raises(UserError, match=r"trained on images of 1 x 8 x 8 .* these are 3 x 8 x 8"):
         network.features(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(UserError, match="at least 16 images, here 15"):

@@ -68,13 +68,31 @@ class Sample:
 
 @dataclass
 class Evaluate:
-    """Measure a run's samples against real images, and write metrics.json."""
+    """Measure a run's samples, or a folder of images, against real images: distances, copies, colours, each with its interval.
 
-    run: Run
-    data: Annotated[str | None, arg(help="the data set that the run was trained on, where it has moved; as trained if left out")] = None
+    maskdm evaluate RUN                         draws samples, writes RUN/metrics.json and the report
+    maskdm evaluate --images A --data B         measures two folders of images against each other
+    """
+
+    run: Annotated[Positional[Path | None], arg(metavar="RUN", help="directory of a run of `maskdm train`")] = None
+    images: Annotated[str | None, arg(help="images to measure, instead of a run's samples: anything that --data takes")] = None
+    data: Annotated[str | None, arg(help="the real images; for a run only where those it was trained on have moved")] = None
+    features: Annotated[
+        str,
+        arg(
+            help="feature network: self (trained on the real images), inception[:FILE] (the one of the FID), onnx:FILE, resnet:FILE, "
+            "dinov2:FOLDER, clip:FOLDER, transformers:FOLDER"
+        ),
+    ] = "self"
+    out: Annotated[Path | None, arg(help="JSON file for the figures (a run's also go to RUN/metrics.json)")] = None
     num: Annotated[int, arg(help="number of samples")] = 1000
+    num_reference: Annotated[int | None, arg(help="real images measured against, drawn at random; all if left out")] = None
+    image_size: Annotated[str | None, arg(help="with --images: size both are brought to; that of A if left out")] = None
+    weights: Annotated[Literal["raw", "ema", "best"], arg(help="as trained, averaged, or averaged at the best evaluation")] = "ema"
+    ema: Annotated[float | None, arg(help="length (sigma_rel) of the weights' average, from the snapshots; as trained if left out")] = None
     steps: Annotated[int | None, arg(help="denoising steps; the run's setting if left out")] = None
     scheduler: Annotated[SchedulerName | None, arg(help="sampler; the run's setting if left out")] = None
+    eta: Annotated[float | None, arg(help="noise added back by ddim, 0 to 1; the run's setting if left out")] = None
     guidance: Annotated[float | None, arg(help="classifier-free guidance scale, 1 for none; the run's setting if left out")] = None
     seed: Annotated[int, arg(help="seed of the samples' noise and of the feature network")] = 0
 
@@ -86,8 +104,10 @@ class EmaSweep:
     run: Run
     sigma_rel: Annotated[str, arg(help="lengths, as shares of the stage")] = "0.02,0.03,0.05,0.075,0.1,0.15,0.2,0.25"
     stage: Annotated[str | None, arg(help="stage whose snapshots are taken; the last that has any if left out")] = None
-    measure: Annotated[Literal["heldout-loss"], arg(help="what is measured, on images never trained on")] = "heldout-loss"
-    num: Annotated[int | None, arg(help="held-out images measured; all if left out")] = None
+    measure: Annotated[
+        Literal["heldout-loss", "kernel-distance"], arg(help="the loss on images never trained on, or the distance of samples")
+    ] = "heldout-loss"
+    num: Annotated[int | None, arg(help="held-out images measured (all if left out), or samples drawn (500 if left out)")] = None
     save: Annotated[bool, arg(help="also write the best as RUN/model-ema-LENGTH, a diffusers pipeline folder")] = False
 
 
@@ -242,8 +262,7 @@ def _perform(verb: Train | DataVerb | Sample | Evaluate | EmaSweep | Report, set
             paths = runs.sample_run(request, runs.Display())
             print(f"{len(paths) - 1} images in {verb.out}; overview in {paths[-1]}")
         case Evaluate():
-            sampling = runs.SampleRequest(verb.run, verb.run, verb.num, verb.steps, verb.scheduler, None, verb.guidance, verb.seed)
-            print(runs.evaluate_run(sampling, verb.data, runs.Display()))
+            print(_evaluate(verb))
         case EmaSweep():
             sweep = runs.SweepRequest(verb.run, runs.parse_lengths(verb.sigma_rel), verb.stage, verb.measure, verb.num, verb.save)
             print(runs.ema_sweep(sweep, runs.Display()))
@@ -252,6 +271,18 @@ def _perform(verb: Train | DataVerb | Sample | Evaluate | EmaSweep | Report, set
         case _ as unreachable:
             assert_never(unreachable)
     return 0
+
+
+def _evaluate(verb: Evaluate) -> str:
+    from maskdm import runs
+
+    sampling = None
+    if verb.run is not None:
+        sampling = runs.SampleRequest(verb.run, verb.run, verb.num, verb.steps, verb.scheduler, verb.eta, verb.guidance, verb.seed)
+    request = runs.EvaluateRequest(
+        sampling, verb.images, verb.data, verb.features, verb.weights, verb.ema, verb.num_reference, verb.image_size, verb.out
+    )
+    return runs.evaluate(request, runs.Display())
 
 
 def _train(verb: Train, settings: list[tuple[str, str]], arguments: list[str]) -> int:

@@ -304,6 +304,24 @@ class Intervals:
         _require(min(self.evaluate, self.sample) >= 0, "intervals.evaluate and sample must be 0 or more")
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation during training, every intervals.evaluate steps and at the ends of stages; and what follows from it."""
+
+    measure: Annotated[
+        Literal["heldout-loss", "kernel-distance"], "what the best weights (folder best) and early stopping go by; lower is better"
+    ] = "heldout-loss"
+    num: Annotated[int, "samples drawn for the kernel distance; 0: the held-out loss alone is measured, which is cheap"] = 0
+    features: Annotated[str, "network of the kernel distance, as `maskdm evaluate --features` takes it"] = "self"
+    patience: Annotated[int | None, "a stage ends early after as many evaluations without a better one; none: never"] = None
+
+    def __post_init__(self) -> None:
+        _require(self.num == 0 or self.num >= 10, f"evaluation.num is {self.num}; give 0, or at least 10")
+        _require(self.patience is None or self.patience >= 1, f"evaluation.patience is {self.patience}; give at least 1, or none")
+        good = self.measure == "heldout-loss" or self.num > 0
+        _require(good, "evaluation.measure is kernel-distance, and evaluation.num is 0; give the number of samples, such as 500")
+
+
 SCHEDULERS = ("ddim", "ddpm", "deis", "dpm++", "dpm++sde", "euler", "euler-a", "heun", "lms", "pndm", "sa", "unipc")
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 SchedulerName = Literal["ddim", "ddpm", "deis", "dpm++", "dpm++sde", "euler", "euler-a", "heun", "lms", "pndm", "sa", "unipc"]
@@ -338,6 +356,7 @@ class Config:
     ema: Annotated[Ema, "average of the weights"] = field(default_factory=Ema)
     hardware: Annotated[Hardware, "device and precision"] = field(default_factory=Hardware)
     intervals: Annotated[Intervals, "how often what happens"] = field(default_factory=Intervals)
+    evaluation: Annotated[Evaluation, "what is measured during training"] = field(default_factory=Evaluation)
     sampling: Annotated[Sampling, "how samples are drawn"] = field(default_factory=Sampling)
     seed: Annotated[int, "seed of every random draw"] = 0
     init: Annotated[str | None, "run whose weights to start from"] = None
@@ -355,31 +374,6 @@ class Config:
         """Patches down and across."""
         height, width = self.data.image_size
         return height // self.model.patch, width // self.model.patch
-
-    def check(self) -> None:
-        """What no part can check alone: that patches divide the image and masks the grid. Raises UserError."""
-        height, width = self.data.image_size
-        patch = self.model.patch
-        if height % patch or width % patch:
-            size = f"{height}x{width}" if height != width else f"{height}"
-            near = [max(patch, round(side / patch) * patch) for side in (height, width)]
-            fitting = f"{near[0]}x{near[1]}" if near[0] != near[1] else f"{near[0]}"
-            raise UserError(f"image_size {size} is not a multiple of patch {patch}; use --image-size {fitting} or another --patch")
-        down, across = self.grid
-        for stage in self.stages:
-            match stage.mask:
-                case BlockMask(size=size) if down % size or across % size:
-                    raise UserError(f"stages.{stage.name}.mask.size {size} does not divide the grid of {down} x {across} patches")
-                case CropMask(size=size) if size > min(down, across):
-                    raise UserError(f"stages.{stage.name}.mask.size {size} is larger than the grid of {down} x {across} patches")
-                case BlockMask(ratio=ratio, size=size) if int(ratio * down * across) < size**2:
-                    raise UserError(f"stages.{stage.name}.mask hides nothing: {ratio:.0%} of {down} x {across} patches is no whole block")
-                case PatchMask(ratio=ratio) if int(ratio * down * across) < 1:
-                    raise UserError(f"stages.{stage.name}.mask hides nothing: {ratio:.0%} of {down} x {across} patches is no whole patch")
-                case CropMask(size=size) if size == down == across:
-                    raise UserError(f"stages.{stage.name}.mask hides nothing: its window is the whole grid of {down} x {across} patches")
-                case _:
-                    pass
 
 
 SHORTHANDS: dict[str, Mask | Model | UniformWeight | MinSNRWeight | UniformTimesteps | LogitNormalTimesteps] = {

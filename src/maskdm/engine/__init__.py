@@ -5,6 +5,7 @@ from __future__ import annotations
 from maskdm.engine.checkpoint import Checkpoint
 from maskdm.engine.hardware import Machine, environment, this_machine
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
+from maskdm.engine.ranks import Ranks, join_ranks
 from maskdm.engine.trainer import Progress, StageProgress, Step, Trainer, autocast
 from maskdm.engine.weights import Transfer, transfer
 
@@ -14,12 +15,14 @@ __all__ = [
     "Machine",
     "PowerAverages",
     "Progress",
+    "Ranks",
     "StageProgress",
     "Step",
     "Trainer",
     "Transfer",
     "autocast",
     "environment",
+    "join_ranks",
     "learning_rate",
     "make_optimizer",
     "this_machine",

@@ -28,11 +28,12 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass
 class StageProgress:
-    """What a stage has done: optimizer steps, training images, seconds inside steps."""
+    """What a stage has done: optimizer steps, training images, seconds inside steps; and whether it was ended before its budget."""
 
     steps: int = 0
     images: int = 0
     seconds: float = 0.0
+    ended: bool = False
 
     def share(self, budget: Budget) -> float:
         """Part of the budget used up, 0..1: that of the limit nearest to its end."""
@@ -139,9 +140,13 @@ class Trainer:
             done = self.progress.stages[self.progress.stage]
             if done.steps == 0:
                 self._enter(stage)
-            while done.share(stage.budget) < 1:
+            while done.share(stage.budget) < 1 and not done.ended:
                 yield self._step(stage, done)
             self.progress.stage += 1
+
+    def end_stage(self) -> None:
+        """End the stage at the step just yielded, whatever is left of its budget."""
+        self.progress.stages[self.progress.stage].ended = True
 
     def _enter(self, stage: Stage) -> None:
         """Start a stage: weights raw or averaged from what came before, a new average and a fresh optimizer."""

@@ -2,174 +2,234 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
 from maskdm.errors import UserError
-from maskdm.evaluation.distances import Statistics, frechet_distance, kernel_distance, precision_recall
-from maskdm.evaluation.features import FeatureNetwork, Images, Labels, label_tensor, take
-from maskdm.evaluation.neighbours import nearest
-from maskdm.evaluation.training import accuracy_of
+from maskdm.evaluation.colour import colour_drift
+from maskdm.evaluation.copies import THRESHOLD, Matches, Searcher
+from maskdm.evaluation.features import FeatureNetwork
+from maskdm.evaluation.frechet import Statistics, frechet_distance, frechet_halves, frechet_infinity, frechet_standard_error
+from maskdm.evaluation.images import Extractor, ImageSet
+from maskdm.evaluation.intervals import Estimate, bootstrap_median_ratio, share
+from maskdm.evaluation.kernel import kernel_distance
+from maskdm.evaluation.manifold import manifold
+from maskdm.evaluation.verdicts import verdicts
 
 LEAST = 10
 """Fewest samples, training images and, unless there are none, held-out images."""
 
-MAX_REFERENCE = 20_000
+FEW = 5000
+"""Below as many samples the kernel distance is the one to look at: the bias of the Frechet distance would be most of it."""
+
+MOST_MATCHED, MOST_MANIFOLD = 5000, 10_000
+"""Samples searched for copies; images on each side of precision and recall: beyond, the intervals are narrow enough."""
+
+LEAST_OF_CLASS, MOST_CLASSES = 20, 200
 SHOWN = 16
-_SEED = 0
-_PIXELS = 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: samples (their labels those asked for), training images, held-out images, and the names of the classes."""
+
+    samples: ImageSet
+    training: ImageSet
+    heldout: ImageSet | None
+    class_names: Sequence[str] = ()
+    called: str = "training images"
+    """What the training images are to be called, where they are other real images."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sample and a training image, by their places."""
+
+    sample: int
+    training: int
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`measures`, ready for JSON, and the index of the training image nearest, in features, to each of the first 16 samples."""
+    """`measures`, ready for JSON; the first samples with their nearest training images; the pairs most like copies."""
 
     measures: dict[str, object]
-    nearest_indices: Int[Tensor, " _"]
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One set of images: features, and pixels at no more than 32 x 32, flat."""
-
-    features: Float[Tensor, "_ _"]
-    pixels: UInt8[Tensor, "_ _"]
-
-    def some(self, rows: NDArray[np.int64]) -> _Side:
-        chosen = torch.from_numpy(rows)
-        return _Side(self.features[chosen], self.pixels[chosen])
+    neighbours: list[Pair]
+    worst: list[Pair]
 
 
 def evaluate_samples(
-    network: FeatureNetwork,
-    samples: Images,
-    requested_labels: Labels | None,
-    train_images: Images,
-    train_labels: Labels | None,
-    heldout_images: Images,
-    heldout_labels: Labels | None,
+    extractor: Extractor,
+    subject: Subject,
     provenance: Mapping[str, object],
-    max_reference: int = MAX_REFERENCE,
+    max_reference: int | None = None,
+    denoising: Mapping[str, object] | None = None,
 ) -> Evaluation:
-    """Measure samples, all [N, C, H, W] of one size, by a network trained on the same real images.
+    """Measure samples against real images, all of one size. The keys and their meaning: docs/evaluation.md.
 
-    Keys ending in `_heldout` hold the same measure of held-out real images: the value to reach. They are None without
-    held-out images, as the accuracies are without labels. Frechet and precision / recall depend on counts:
-    `frechet_distance` is of all samples; `frechet_distance_matched`, `precision` and `recall` are of as many samples as
-    held-out images are measured (`num_heldout`, at most `num_samples`), drawn by a fixed seed. `kernel_distance` is unbiased.
-    `nearest_train`: median distance to the nearest reference image, in features and in pixels (root mean square difference,
-    0..255, at 32 pixels at most), and samples / held-out, which copying brings towards 0.
-    The reference is the training images, or `max_reference` of them, drawn by a fixed seed. UserError below 10 images.
+    `x_interval` is the 95 % interval of `x`. Keys ending in `_heldout` hold the same measure of held-out real images: the value to
+    reach; absent without such images. The reference is the training images, or `max_reference` of them, drawn by a fixed seed.
+    Precision, recall, density, coverage and `frechet_distance_matched` are of as many samples as held-out images are measured
+    (`num_heldout`), since they depend on counts. `denoising`, from `overfitting`, takes part in the verdicts. UserError below 10 images.
     """
-    for name, images in (("samples", samples), ("training images", train_images), ("held-out images", heldout_images)):
-        if len(images) < LEAST and not (images is heldout_images and not len(images)):
+    for name, images in (("samples", subject.samples), (subject.called, subject.training), ("held-out images", subject.heldout)):
+        if images is not None and len(images) < LEAST:
             raise UserError(f"an evaluation needs at least {LEAST} {name}, here {len(images)}; give more")
-    reference_rows = _draw(len(train_images), max_reference)
-    reference, fake = _side(network, take(train_images, reference_rows)), _side(network, samples)
+    places = subject.training.places(len(subject.training) if max_reference is None else max_reference)
+    reference = subject.training.part(places) if len(places) < len(subject.training) else subject.training
+    heldout = None if subject.heldout is None else subject.heldout.part(subject.heldout.places(len(subject.samples)))
+    fake, real = extractor.features(subject.samples), extractor.features(reference)
+    new = None if heldout is None else extractor.features(heldout)
     measures: dict[str, object] = {
-        "num_samples": len(samples),
-        "num_reference": len(reference_rows),
-        "num_heldout": min(len(heldout_images), len(samples)),
-        "reference": f"{len(reference_rows)} of {len(train_images)} training images" + _drawn(reference_rows, train_images),
-        "class_accuracy": accuracy_of(network, samples, requested_labels),
-        "class_accuracy_train": _accuracy(network, train_images, train_labels, reference_rows),
-        "class_accuracy_heldout": accuracy_of(network, heldout_images, heldout_labels),
+        "num_samples": len(fake),
+        "num_reference": len(real),
+        "num_heldout": 0 if new is None else len(new),
+        "reference": f"{len(real)} of {len(subject.training)} {subject.called}"
+        + (", drawn with seed 0" if len(real) < len(subject.training) else ""),
+        "headline": "kernel_distance" if len(fake) < FEW else "frechet_distance",
     }
-    heldout = None
-    if len(heldout_images):
-        heldout = _side(network, take(heldout_images, _draw(len(heldout_images), len(samples))))
-    measures |= _distances(reference, fake, heldout)
-    found, measures["nearest_train"] = _nearest_train(reference, fake, heldout)
-    measures |= {"features": network.provenance(), "provenance": dict(provenance)}
-    return Evaluation(measures, torch.from_numpy(reference_rows)[found[:SHOWN]])
+    measures |= _frechet(fake, real, new) | _kernel(fake, real, new) | _manifold(fake, real, new)
+    if extractor.network.is_fid:
+        measures["fid"] = measures["frechet_distance"]
+    measures |= _accuracies(extractor.network, subject, reference, heldout)
+    measures["classes"] = _classes(extractor.network, subject, reference, fake, real)
+    found, measures["copies"] = _copies(extractor, subject, heldout, places, fake, real)
+    measures["colour"] = colour_drift(subject.samples, reference)
+    if denoising is not None:
+        measures["denoising"] = dict(denoising)
+    measures["verdicts"] = verdicts(measures, subject.called)
+    measures |= {"features": extractor.network.provenance(), "provenance": dict(provenance)}
+    shown = [Pair(i, int(found.feature_places[i])) for i in range(min(SHOWN, len(found.feature_places)))]
+    order = np.argsort(found.ratios, kind="stable")[:SHOWN].tolist()
+    searched = subject.samples.places(MOST_MATCHED)
+    return Evaluation(
+        measures,
+        [Pair(int(searched[pair.sample]), pair.training) for pair in shown],
+        [Pair(int(searched[i]), found.place(i)) for i in order],
+    )
 
 
-def _draw(count: int, most: int) -> NDArray[np.int64]:
-    """At most `most` of `count` indices, ascending."""
-    if count <= most:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(_SEED).choice(count, most, replace=False))
+def _put(name: str, estimate: Estimate | None) -> dict[str, object]:
+    """A value and its interval as two keys; nothing for None."""
+    return {} if estimate is None else {name: estimate.value, f"{name}_interval": [estimate.low, estimate.high]}
 
 
-def _drawn(rows: NDArray[np.int64], images: Images) -> str:
-    return f", drawn with seed {_SEED}" if len(rows) < len(images) else ""
+def _subset(features: Tensor, most: int) -> Tensor:
+    """At most `most` of the vectors, drawn by a fixed seed."""
+    if len(features) <= most:
+        return features
+    return features[torch.from_numpy(np.sort(np.random.default_rng(0).choice(len(features), most, replace=False)))]
 
 
-def _accuracy(network: FeatureNetwork, images: Images, labels: Labels | None, rows: NDArray[np.int64]) -> float | None:
-    return None if labels is None else accuracy_of(network, take(images, rows), label_tensor(labels)[torch.from_numpy(rows)])
-
-
-def _side(network: FeatureNetwork, images: Images, batch: int = 1024) -> _Side:
-    pixels = [_shrink(take(images, slice(first, first + batch))) for first in range(0, len(images), batch)]
-    return _Side(network.features(images), torch.cat(pixels))
-
-
-def _shrink(images: UInt8[Tensor, "n _ _ _"]) -> UInt8[Tensor, "n _"]:
-    height, width = images.shape[2:]
-    scale = min(1.0, _PIXELS / max(height, width))
-    if scale < 1:
-        size = (max(1, round(height * scale)), max(1, round(width * scale)))
-        images = F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
-    return images.flatten(1)
-
-
-def _distances(reference: _Side, fake: _Side, heldout: _Side | None) -> dict[str, object]:
-    matched = fake if heldout is None else fake.some(_draw(len(fake.features), len(heldout.features)))
-    covered = precision_recall(reference.features, matched.features)
-    found: dict[str, object] = {
-        "frechet_distance": _frechet(fake, reference),
-        "frechet_distance_matched": None,
-        "frechet_distance_heldout": None,
-        "kernel_distance": _kernel(fake, reference),
-        "kernel_distance_heldout": None,
-        "precision": covered.precision,
-        "precision_heldout": None,
-        "recall": covered.recall,
-        "recall_heldout": None,
-    }
+def _frechet(fake: Tensor, real: Tensor, heldout: Tensor | None) -> dict[str, object]:
+    of_fake, of_real = Statistics.of(fake), Statistics.of(real)
+    some_fake, some_real = _subset(fake, MOST_MANIFOLD), _subset(real, MOST_MANIFOLD)
+    error = frechet_standard_error(some_fake, some_real, of_fake, of_real)
+    estimate = Estimate.around(frechet_distance(of_fake, of_real), error)
+    found = _put("frechet_distance", estimate._replace(low=max(0.0, estimate.low)))
+    found |= _put("frechet_distance_infinity", frechet_infinity(fake, real, error))
+    halves = frechet_halves(real, len(fake))
+    if halves is not None:
+        found |= {"frechet_distance_halves": halves[0], "frechet_distance_halves_count": halves[1]}
     if heldout is not None:
-        found["frechet_distance_matched"] = _frechet(matched, reference)
-        found["frechet_distance_heldout"] = _frechet(heldout, reference)
-        found["kernel_distance_heldout"] = _kernel(heldout, reference)
-        found["precision_heldout"], found["recall_heldout"] = precision_recall(reference.features, heldout.features)
+        found["frechet_distance_matched"] = frechet_distance(Statistics.of(_subset(fake, len(heldout))), of_real)
+        found["frechet_distance_heldout"] = frechet_distance(Statistics.of(heldout), of_real)
     return found
 
 
-def _frechet(side: _Side, reference: _Side) -> float:
-    return frechet_distance(Statistics.of(side.features), Statistics.of(reference.features))
+def _kernel(fake: Tensor, real: Tensor, heldout: Tensor | None) -> dict[str, object]:
+    distance = kernel_distance(fake, real)
+    found = _put("kernel_distance", distance.estimate) | {"kernel_distance_standard_error": distance.standard_error}
+    return found if heldout is None else found | _put("kernel_distance_heldout", kernel_distance(heldout, real).estimate)
 
 
-def _kernel(side: _Side, reference: _Side) -> dict[str, float]:
-    return kernel_distance(side.features, reference.features)._asdict()
-
-
-def _nearest_train(reference: _Side, fake: _Side, heldout: _Side | None) -> tuple[Tensor, dict[str, float | None]]:
-    """The nearest reference image of each sample, in features, and the medians."""
-    by_features, by_pixels = nearest(fake.features, reference.features), nearest(fake.pixels, reference.pixels)
-    per_value = fake.pixels.shape[1] ** 0.5
-    medians: dict[str, float | None] = {
-        "features_samples": float(by_features.distances.median()),
-        "features_heldout": None,
-        "features_ratio": None,
-        "pixels_samples": float(by_pixels.distances.median()) / per_value,
-        "pixels_heldout": None,
-        "pixels_ratio": None,
-    }
+def _manifold(fake: Tensor, real: Tensor, heldout: Tensor | None) -> dict[str, object]:
+    some = _subset(real, MOST_MANIFOLD)
+    most = MOST_MANIFOLD if heldout is None else min(MOST_MANIFOLD, len(heldout))
+    found: dict[str, object] = {}
+    for name, estimate in manifold(some, _subset(fake, most))._asdict().items():
+        found |= _put(name, estimate)
     if heldout is not None:
-        features = float(nearest(heldout.features, reference.features).distances.median())
-        pixels = float(nearest(heldout.pixels, reference.pixels).distances.median()) / per_value
-        medians |= {"features_heldout": features, "features_ratio": _ratio(medians["features_samples"], features)}
-        medians |= {"pixels_heldout": pixels, "pixels_ratio": _ratio(medians["pixels_samples"], pixels)}
-    return by_features.indices[:, 0], medians
+        for name, estimate in manifold(some, _subset(heldout, most))._asdict().items():
+            found |= _put(f"{name}_heldout", estimate)
+    return found
 
 
-def _ratio(samples: float | None, heldout: float) -> float | None:
-    """None where the held-out images are themselves copies of training images: there is nothing to compare with."""
-    return None if samples is None or heldout == 0 else samples / heldout
+def _accuracies(network: FeatureNetwork, subject: Subject, reference: ImageSet, heldout: ImageSet | None) -> dict[str, object]:
+    """Share of the images in whose class the network puts them, where it knows these classes."""
+    found: dict[str, object] = {}
+    for suffix, images in (("", subject.samples), ("_train", reference), ("_heldout", heldout)):
+        right = None if images is None else _recognised(network, images, len(subject.class_names))
+        if right is not None:
+            found |= _put(f"class_accuracy{suffix}", share(int(right.sum()), len(right)))
+    return found
+
+
+def _recognised(network: FeatureNetwork, images: ImageSet, num_classes: int) -> NDArray[np.bool_] | None:
+    """Of each image [n] whether the network puts it in its class; None where it has no classes or knows others."""
+    if images.labels is None or num_classes < 2 or network.num_classes != num_classes:
+        return None
+    predicted = [network.predict(piece) for piece in images.pieces()]
+    return np.concatenate([each.numpy() for each in predicted if each is not None]) == images.labels
+
+
+def _classes(network: FeatureNetwork, subject: Subject, reference: ImageSet, fake: Tensor, real: Tensor) -> list[dict[str, object]]:
+    """The kernel distance and the accuracy of each class that has images enough."""
+    asked, known = subject.samples.labels, reference.labels
+    if asked is None or known is None:
+        return []
+    right = _recognised(network, subject.samples, len(subject.class_names))
+    rows: list[dict[str, object]] = []
+    for number, name in enumerate(subject.class_names[:MOST_CLASSES]):
+        ours, theirs = np.flatnonzero(asked == number), np.flatnonzero(known == number)
+        row: dict[str, object] = {"name": name, "num_samples": len(ours), "num_reference": len(theirs)}
+        if min(len(ours), len(theirs)) >= LEAST_OF_CLASS:
+            row |= _put("kernel_distance", kernel_distance(fake[torch.from_numpy(ours)], real[torch.from_numpy(theirs)]).estimate)
+        if right is not None and len(ours):
+            row |= _put("class_accuracy", share(int(right[ours].sum()), len(ours)))
+        rows.append(row)
+    return rows
+
+
+def _copies(
+    extractor: Extractor, subject: Subject, heldout: ImageSet | None, places: NDArray[np.int64], fake: Tensor, real: Tensor
+) -> tuple[Matches, dict[str, object]]:
+    searcher, searched = Searcher(subject.training, real, places), subject.samples.places(MOST_MATCHED)
+    samples = subject.samples.part(searched) if len(searched) < len(subject.samples) else subject.samples
+    ours = _match(searcher, extractor, samples, fake[torch.from_numpy(searched)])
+    suspected = share(int(ours.suspected.sum()), len(samples))
+    found: dict[str, object] = {"num_samples": len(samples), "count": int(ours.suspected.sum()), "threshold": THRESHOLD}
+    found |= _put("share", suspected)
+    if heldout is not None:
+        new = _match(searcher, extractor, heldout, extractor.features(heldout))
+        found |= _put("heldout_share", share(int(new.suspected.sum()), len(heldout)))
+        found |= _put("features_ratio", bootstrap_median_ratio(ours.feature_distances, new.feature_distances))
+        found |= _put("pixels_ratio", bootstrap_median_ratio(ours.pixel_distances, new.pixel_distances))
+    found["worst"] = [_described(subject, ours, int(i), int(searched[i])) for i in np.argsort(ours.ratios, kind="stable")[:SHOWN]]
+    return ours, found
+
+
+def _match(searcher: Searcher, extractor: Extractor, images: ImageSet, features: Tensor) -> Matches:
+    mirrored, parts = extractor.features(images, mirrored=True), list[Matches]()
+    for first in range(0, len(images), 512):
+        rows = slice(first, first + 512)
+        parts.append(searcher.match(images.take(rows), features[rows], mirrored[rows]))
+    return Matches.joined(parts)
+
+
+def _described(subject: Subject, matches: Matches, image: int, sample: int) -> dict[str, object]:
+    in_pixels, place = matches.in_pixels(image), matches.place(image)
+    return {
+        "sample": sample,
+        "train": int(subject.training.rows[place]),
+        "name": subject.training.name(place),
+        "ratio": float(matches.ratios[image]),
+        "space": "pixels" if in_pixels else "features",
+        "mirrored": bool(matches.mirrored[image]) if in_pixels else None,
+        "shift": matches.shifts[image].tolist() if in_pixels else None,
+    }

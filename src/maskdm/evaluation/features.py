@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer, UInt8
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from maskdm.errors import UserError
-from maskdm.evaluation.encoder import DIMENSIONS, Encoder
 
 Images: TypeAlias = UInt8[Tensor, "_ _ _ _"] | UInt8[np.ndarray, "_ _ _ _"]
 """[N, C, H, W] in 0..255; C is 1 or 3. An array may be mapped from a file: it is read in pieces."""
@@ -27,70 +22,58 @@ Images: TypeAlias = UInt8[Tensor, "_ _ _ _"] | UInt8[np.ndarray, "_ _ _ _"]
 Labels: TypeAlias = Integer[Tensor, " _"] | Integer[np.ndarray, " _"]
 """Classes [N], from 0."""
 
-RECIPE = 2
-"""Version of the encoder and its training; a part of the cache key."""
-
-_FORMAT = "maskdm.features"
-
 
 @dataclass(frozen=True)
-class Training:
-    """How a `self` network was trained. `cut_short`: the time limit, not the step count, ended its schedule."""
+class FeatureNetwork(ABC):
+    """Images to vectors. Distances compare only where `hash` and `preprocessing` are the same.
 
-    recipe: int
-    seed: int
-    num_images: int
-    steps: int
-    seconds: float
-    cut_short: bool
-
-
-@dataclass(frozen=True)
-class FeatureNetwork:
-    """A network trained on the real images, its `hash` (SHA-256 of the weights) and its own accuracy on held-out ones."""
+    `hash`: SHA-256 of the weights or of their file. `num_classes`: how many classes `predict` tells apart, 0 for none.
+    `preprocessing`: in words, what is done to the images before the network sees them. `batch`: images in memory at a time.
+    """
 
     name: str
     hash: str
     dimensions: int
-    accuracy_heldout: float | None
-    training: Training
-    encoder: Encoder
+    num_classes: int
+    preprocessing: str
+    batch: int
+
+    @property
+    def is_fid(self) -> bool:
+        """Whether a Frechet distance in these features may be called FID: the published Inception network alone."""
+        return False
+
+    @abstractmethod
+    def embed(self, images: UInt8[Tensor, "n _ _ _"]) -> Float[Tensor, "n _"]:
+        """Features of one piece of the images, which is on the CPU; the result may be elsewhere."""
+
+    @abstractmethod
+    def scores(self, images: UInt8[Tensor, "n _ _ _"]) -> Float[Tensor, "n _"] | None:
+        """Class scores of one piece; None without classes."""
 
     @torch.no_grad()
-    def features(self, images: Images, batch: int = 256) -> Float[Tensor, "_ _"]:
-        """Features [N, dimensions], float32, on the CPU. UserError for images of another size than the network's."""
-        found = [self.encoder.features(self.encoder.prepare(piece)) for piece in self._pieces(images, batch)]
-        return torch.cat(found) if found else torch.empty(0, self.dimensions)
+    def features(self, images: Images, batch: int | None = None) -> Float[Tensor, "_ _"]:
+        """Features [N, dimensions], float32, on the CPU. UserError for images that the network cannot read, and for NaN."""
+        with _whole_precision():
+            found = [self.embed(piece).float().cpu() for piece in _pieces(images, batch or self.batch)]
+        joined = torch.cat(found) if found else torch.empty(0, self.dimensions)
+        if not torch.isfinite(joined).all():
+            raise UserError(f"the features of {self.name} hold NaN or infinity; its weights or its input range are wrong")
+        return joined
 
     @torch.no_grad()
-    def predict(self, images: Images, batch: int = 256) -> Int[Tensor, " _"] | None:
-        """The class of each image, or None where the network was trained without labels."""
-        if not self.encoder.classes:
+    def predict(self, images: Images, batch: int | None = None) -> Int[Tensor, " _"] | None:
+        """The class of each image, on the CPU, or None where the network knows no classes."""
+        if not self.num_classes:
             return None
-        scores = [self.encoder.head(self.encoder(self.encoder.prepare(piece))) for piece in self._pieces(images, batch)]
-        return torch.cat(scores).argmax(dim=1) if scores else torch.empty(0, dtype=torch.int64)
+        with _whole_precision():
+            found = [self.scores(piece) for piece in _pieces(images, batch or self.batch)]
+        classes = [scores.cpu().argmax(dim=1) for scores in found if scores is not None]
+        return torch.cat(classes) if classes else torch.empty(0, dtype=torch.int64)
 
     def provenance(self) -> dict[str, str | int | float | bool | None]:
-        """Name, hash, dimensions, accuracy and training, flat and ready for JSON."""
-        about: dict[str, str | int | float | bool | None] = {"name": self.name, "hash": self.hash, "dimensions": self.dimensions}
-        return about | {"accuracy_heldout": self.accuracy_heldout} | asdict(self.training)
-
-    def save(self, path: Path) -> None:
-        """Write a safetensors file, all or nothing."""
-        about = {**self.provenance(), "shape": self.encoder.shape, "classes": self.encoder.classes}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(_state(self.encoder), partial, metadata={_FORMAT: json.dumps(about)})
-        os.replace(partial, path)
-
-    def _pieces(self, images: Images, batch: int) -> Iterator[Tensor]:
-        if tuple(images.shape[1:]) != self.encoder.shape:
-            raise UserError(
-                f"the feature network was trained on images of {_size(self.encoder.shape)}, these are {_size(images.shape[1:])};"
-                " give images of one size"
-            )
-        for first in range(0, len(images), batch):
-            yield take(images, slice(first, first + batch))
+        """Name, hash, dimensions and preprocessing, flat and ready for JSON."""
+        return {"name": self.name, "hash": self.hash, "dimensions": self.dimensions, "preprocessing": self.preprocessing}
 
 
 def take(images: Images, rows: slice | NDArray[np.int64]) -> UInt8[Tensor, "_ _ _ _"]:
@@ -105,39 +88,17 @@ def label_tensor(labels: Labels) -> Int[Tensor, " _"]:
     return labels.long() if isinstance(labels, Tensor) else torch.from_numpy(labels.astype(np.int64))
 
 
-def name_and_hash(encoder: Encoder) -> tuple[str, str]:
-    """The network's name, which says how it was trained, and the SHA-256 of its weights."""
-    name = f"self (supervised, {encoder.classes} classes)" if encoder.classes else "self (self-supervised)"
-    digest = hashlib.sha256()
-    for key, value in sorted(_state(encoder).items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.numpy().tobytes())
-    return name, digest.hexdigest()
+def _pieces(images: Images, batch: int) -> Iterator[Tensor]:
+    return (take(images, slice(first, first + batch)).cpu() for first in range(0, len(images), batch))
 
 
-def load_self(path: Path) -> FeatureNetwork:
-    """Read what `FeatureNetwork.save` wrote. UserError for a file that is another's, damaged or of another version."""
-    wrong = f"{path} is not a whole feature network of this version; delete it, and it is trained again"
+@contextmanager
+def _whole_precision() -> Generator[None]:
+    """Without TF32, which moves a GPU's features by about 1e-3: a distance must not depend on the machine."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[_FORMAT])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no dict
-        channels, height, width = about["shape"]
-        encoder = Encoder(channels, height, width, about["classes"]).eval()
-        encoder.load_state_dict(state)
-        training = Training(**{key: about[key] for key in Training.__dataclass_fields__})
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(wrong) from error
-    name, digest = name_and_hash(encoder)
-    if training.recipe != RECIPE or digest != about["hash"]:
-        raise UserError(wrong)
-    return FeatureNetwork(name, digest, DIMENSIONS, about["accuracy_heldout"], training, encoder)
-
-
-def _state(encoder: Encoder) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in encoder.state_dict().items()}
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    channels, height, width = shape
-    return f"{channels} x {height} x {width} (channels, height, width)"
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskdm.errors import UserError
-from maskdm.evaluation.encoder import DIMENSIONS, Encoder
-from maskdm.evaluation.features import (
-    RECIPE,
-    FeatureNetwork,
-    Images,
-    Labels,
-    Training,
-    label_tensor,
-    load_self,
-    name_and_hash,
-    take,
-)
+from maskdm.evaluation.encoder import Encoder
+from maskdm.evaluation.features import FeatureNetwork, Images, Labels, label_tensor, take
+from maskdm.evaluation.own import RECIPE, SelfNetwork, Training, load_self
 
 BATCH = 128
 LEAST = 16
 """Fewest images to train on."""
 
+_CPU = torch.device("cpu")
 _LR = 3e-3
 _WEIGHT_DECAY = 0.05
 _CALIBRATION = 10_000
@@ -44,7 +37,8 @@ def cached_self(
     heldout_labels: Labels | None,
     seed: int,
     max_seconds: float = 60.0,
-) -> FeatureNetwork:
+    device: torch.device = _CPU,
+) -> SelfNetwork:
     """`train_self`, or what it gave before for the same `key` (a hash of all images and labels) and seed.
 
     A file that cannot be read is trained anew and replaced.
@@ -52,10 +46,10 @@ def cached_self(
     path = cache_dir / f"self-{RECIPE}-{key}-{seed}.safetensors"
     if path.is_file():
         try:
-            return load_self(path)
+            return load_self(path, device)
         except UserError:
             path.unlink()
-    network = train_self(images, labels, heldout_images, heldout_labels, seed, max_seconds)
+    network = train_self(images, labels, heldout_images, heldout_labels, seed, max_seconds, device=device)
     network.save(path)
     return network
 
@@ -68,12 +62,14 @@ def train_self(
     seed: int,
     max_seconds: float = 60.0,
     steps: int | None = None,
-) -> FeatureNetwork:
+    device: torch.device = _CPU,
+) -> SelfNetwork:
     """A 128-d encoder of these images: supervised with at least two classes, else self-supervised.
 
     The result is a function of the images, labels, seed and steps (chosen by image size and count when None) on one machine
     and thread count, unless `max_seconds` cuts the training short, which its provenance then says. Held-out images give
-    the accuracy alone. UserError below 16 images.
+    the accuracy alone. The network runs on `device` afterwards; it is trained on the CPU, where the same data give the same
+    network, with a GPU or without. UserError below 16 images.
     """
     if len(images) < LEAST:
         raise UserError(f"a feature network needs at least {LEAST} images, here {len(images)}; give more images")
@@ -89,11 +85,9 @@ def train_self(
         _normalise(encoder, images)
         done, cut_short = _fit(encoder, images, targets, seed, steps or _num_steps(encoder, len(images)), max_seconds)
         _calibrate(encoder, images)
-    name, digest = name_and_hash(encoder)
     training = Training(RECIPE, seed, len(images), done, round(time.perf_counter() - started, 1), cut_short)
-    network = FeatureNetwork(name, digest, DIMENSIONS, None, training, encoder)
-    accuracy = accuracy_of(network, heldout_images, heldout_labels)
-    return FeatureNetwork(name, digest, DIMENSIONS, accuracy, training, encoder)
+    network = SelfNetwork.of(encoder, None, training, device)
+    return replace(network, accuracy_heldout=accuracy_of(network, heldout_images, heldout_labels))
 
 
 def accuracy_of(network: FeatureNetwork, images: Images, labels: Labels | None) -> float | None:

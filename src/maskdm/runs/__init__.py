@@ -8,7 +8,7 @@ from maskdm.report import write_report
 from maskdm.runs.data import describe_data
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
-from maskdm.runs.evaluate import evaluate_run
+from maskdm.runs.evaluate import EvaluateRequest, evaluate
 from maskdm.runs.observe import Diverged
 from maskdm.runs.resolve import TrainRequest
 from maskdm.runs.sample import SampleRequest, sample, sampling_settings
@@ -19,13 +19,14 @@ from maskdm.runs.train import Interrupted, train
 __all__ = [
     "Display",
     "Diverged",
+    "EvaluateRequest",
     "Interrupted",
     "SampleRequest",
     "SweepRequest",
     "TrainRequest",
     "describe_data",
     "ema_sweep",
-    "evaluate_run",
+    "evaluate",
     "parse_lengths",
     "report_run",
     "sample_run",
@@ -35,7 +36,7 @@ __all__ = [
 
 def sample_run(request: SampleRequest, display: Display) -> list[Path]:
     """Draw images from the run that the request names. Raises UserError."""
-    pipeline, origin = load_pipeline(request.run, request.ema)
+    pipeline, origin = load_pipeline(request.run, sigma_rel=request.ema)
     display.note(f"weights: {origin}")
     settings = sampling_settings(RunDirectory(request.run).config(), request)
     with display.counting(f"drawing {request.num} images") as progress:

@@ -11,7 +11,8 @@ from maskdm.config import Config
 from maskdm.errors import UserError
 from maskdm.settings import from_plain, read_yaml, to_yaml
 
-Weights = Literal["raw", "ema"]
+Weights = Literal["raw", "ema", "best"]
+"""As trained, averaged, or averaged at the best evaluation during training."""
 
 
 class RunDirectory:
@@ -23,6 +24,8 @@ class RunDirectory:
         self.run_file = path / "run.json"
         self.metrics_log = path / "metrics.jsonl"
         self.metrics_file = path / "metrics.json"
+        self.evaluations_log = path / "evaluations.jsonl"
+        self.best = path / "best"
         self.checkpoints = path / "checkpoints"
         self.snapshots = path / "snapshots"
         self.sweep_file = path / "ema_sweep.json"

@@ -17,8 +17,8 @@ LINE_SECONDS = 20.0
 class Display:
     """Prints what goes on to standard error; results are the caller's to print."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
 
     def note(self, text: str) -> None:
         """A line."""

@@ -1,125 +1,262 @@
-"""`maskdm evaluate`: samples of a run against real images, with what every figure rests on."""
+"""`maskdm evaluate`: samples of a run, or a folder of images, against real images, with what every figure rests on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 import maskdm
-from maskdm.config import Config
-from maskdm.data import Dataset, open_source, prepare
+from maskdm.config import Config, Data, Hardware, Sampling
+from maskdm.data import Dataset, inspect, open_source, prepare
+from maskdm.engine import Machine, Ranks, autocast, join_ranks, this_machine
 from maskdm.errors import UserError
-from maskdm.evaluation import FeatureNetwork, cached_self, evaluate_samples
+from maskdm.evaluation import (
+    Evaluation,
+    Extractor,
+    FeatureNetwork,
+    ImageSet,
+    Subject,
+    denoising_loss,
+    evaluate_samples,
+    fill,
+    overfitting,
+)
 from maskdm.pictures import grid
 from maskdm.report import write_report
-from maskdm.runs.directory import RunDirectory, write_text
+from maskdm.runs.directory import RunDirectory, Weights, write_text
 from maskdm.runs.display import Display
+from maskdm.runs.judge import choose_network
+from maskdm.runs.resolve import parse_size
 from maskdm.runs.sample import SampleRequest, choose_labels, draw_images, sampling_settings
-from maskdm.runs.store import cache_directory, load_pipeline
-from maskdm.sampling import make_scheduler
+from maskdm.runs.sets import LEAST_HELDOUT, dataset_of, image_set, sets_of
+from maskdm.runs.store import cache_directory, load_pipeline, state_hash
+from maskdm.sampling import MaskDMPipeline, make_scheduler
 
-NEIGHBOURS = 16
+MOST_DENOISED = 1000
+"""Training and held-out images whose denoising loss is measured."""
+
+LARGEST = 1024
 
 
-def evaluate_run(request: SampleRequest, data: str | None, display: Display) -> str:
-    """Draw samples, measure them, write metrics.json, neighbours.png and the report; returns a summary. Raises UserError."""
-    run = RunDirectory.existing(request.run)
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """What `maskdm evaluate` was asked for: a run and how to sample it, or two collections of images; None: as the run has it."""
+
+    run: SampleRequest | None
+    images: str | None = None
+    data: str | None = None
+    features: str = "self"
+    weights: Weights = "ema"
+    sigma_rel: float | None = None
+    num_reference: int | None = None
+    image_size: str | None = None
+    out: Path | None = None
+
+
+def evaluate(request: EvaluateRequest, display: Display) -> str:
+    """Measure, write what was found, and return a summary; nothing from processes other than the first. Raises UserError."""
+    if (request.run is None) == (request.images is None):
+        raise UserError("give either the directory of a run, or --images A --data B: two collections of images")
+    if request.num_reference is not None and request.num_reference < LEAST_HELDOUT:
+        raise UserError(f"--num-reference is {request.num_reference}; give at least {LEAST_HELDOUT}, or leave it out for all")
+    if request.out is not None and not request.out.absolute().parent.is_dir():
+        raise UserError(f"--out {request.out}: there is no folder {request.out.absolute().parent}; make it first")
+    ranks = join_ranks()
+    quiet = display if ranks.first else Display(quiet=True)
+    return _evaluate_run(request, request.run, ranks, quiet) if request.run else _evaluate_images(request, ranks, quiet)
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks, display: Display) -> str:
+    run = RunDirectory.existing(sampled.run)
     config, info = run.config(), run.info()
-    if request.num < 2:
-        raise UserError(f"--num is {request.num}; a distance needs at least 2 samples")
-    pipeline, origin = load_pipeline(request.run)
-    dataset = _dataset(run, config, data, display)
-    training, heldout = dataset.split(config.data.heldout, config.seed)
-    if len(heldout) < 2:
-        raise UserError(
-            f"{request.run} holds out {len(heldout)} images; train with a larger --heldout to evaluate against images never seen"
-        )
-    settings = sampling_settings(config, request)
-    pipeline.scheduler = make_scheduler(settings.scheduler, config.diffusion.schedule, config.diffusion.target)
-    labels = choose_labels(pipeline.config["class_names"], (), request.num)
-    with display.counting(f"drawing {request.num} samples") as progress:
-        samples = draw_images(pipeline, settings, range(request.num), labels, request.seed, progress=progress)
-    display.note("training a feature network on the real images (kept for the next time)")
-    network = _network(config, dataset, training, heldout, request.seed)
+    if sampled.num < 10:
+        raise UserError(f"--num is {sampled.num}; an evaluation needs at least 10 samples")
+    pipeline, origin = load_pipeline(sampled.run, request.weights, request.sigma_rel)
+    dataset = dataset_of(run, config, request.data, display)
+    training, heldout = sets_of(config, dataset)
+    machine = this_machine(Hardware())
+    settings = sampling_settings(config, sampled)
+    samples = _draw(pipeline, settings, sampled, machine, ranks, display)
+    network = choose_network(request.features, training, heldout, sampled.seed, machine.device, ranks, display)
     provenance = {
         "maskdm": maskdm.__version__,
         "checkpoint": origin,
+        "weights": request.weights if request.sigma_rel is None else f"power-function average, sigma_rel {request.sigma_rel}",
+        "weights_hash": state_hash(pipeline.unet.state_dict()),
         "scheduler": settings.scheduler,
         "steps": settings.steps,
         "eta": settings.eta,
         "guidance": settings.guidance,
-        "seed": request.seed,
+        "seed": sampled.seed,
         "data": info["data"]["name"],
         "data_hash": dataset.content_hash,
+        "device": str(machine.device),
     }
-    found = evaluate_samples(
-        network,
-        samples,
-        None if labels is None else np.array(labels),
-        _images(dataset, training),
-        _labels(dataset, training),
-        _images(dataset, heldout),
-        _labels(dataset, heldout),
-        provenance,
-    )
-    metrics: dict[str, Any] = {
-        **found.measures,
-        "train_seconds": sum(stage["seconds"] for stage in info["stages"]),
-        "stages": info["stages"],
-    }
+    denoising = None
+    if heldout is not None and ranks.first:
+        display.note("measuring the denoising loss on training and held-out images")
+        denoising = _overfitting(pipeline, config, machine, training, heldout)
+    subject = Subject(samples, training, heldout, tuple(pipeline.config["class_names"]))
+    found = _measure(request, network, subject, provenance, denoising, ranks, display)
+    if not ranks.first:
+        return ""
+    stages: list[dict[str, Any]] = info["stages"]
+    metrics = {**found.measures, "train_seconds": sum(stage["seconds"] for stage in stages), "stages": stages}
     write_text(run.metrics_file, json.dumps(metrics, indent=1))
-    pairs = np.concatenate([samples[:NEIGHBOURS], _images(dataset, training[found.nearest_indices[:NEIGHBOURS].numpy()])])
-    grid(pairs, columns=min(NEIGHBOURS, len(samples))).save(run.path / "neighbours.png")
+    with run.evaluations_log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+    _picture(found, subject, "neighbours").save(run.path / "neighbours.png")
+    _picture(found, subject, "worst").save(run.path / "copies.png")
+    if request.out is not None:
+        write_text(request.out, json.dumps(metrics, indent=1))
     write_report(run.path)
-    return _summary(metrics, run)
+    return "\n".join([*summary(metrics), f"metrics: {run.metrics_file}", f"report:  {run.path / 'report.html'}"])
 
 
-def _dataset(run: RunDirectory, config: Config, data: str | None, display: Display) -> Dataset:
-    source = open_source(data or config.data.source)
-    with display.counting("decoding images") as progress:
-        dataset = prepare(source, config.data, cache_directory(), progress)
-    known = run.info()["data"]
-    same_classes = not known["classes"] or list(dataset.class_names) == known["classes"]
-    if dataset.content_hash != known["content_hash"] or not same_classes:
-        raise UserError(
-            f"{source.name} is not the data that {run.path} was trained on, or has changed since; its held-out images are unknown"
-        )
-    return dataset
+def _draw(
+    pipeline: MaskDMPipeline, settings: Sampling, request: SampleRequest, machine: Machine, ranks: Ranks, display: Display
+) -> ImageSet:
+    """Samples, kept in the cache: a killed evaluation goes on, and another network measures the same ones."""
+    pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
+    labels = choose_labels(pipeline.config["class_names"], (), request.num)
+    how = [settings.scheduler, settings.steps, settings.eta, settings.guidance, request.seed, request.num, machine.device.type]
+    key = hashlib.sha256(json.dumps([state_hash(pipeline.unet.state_dict()), *how, labels]).encode()).hexdigest()[:32]
+    folder = cache_directory() / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def make(rows: slice) -> NDArray[np.uint8]:
+        wanted = None if labels is None else labels[rows]
+        return draw_images(pipeline, settings, range(rows.start, rows.stop), wanted, request.seed).transpose(0, 2, 3, 1)
+
+    shape = (request.num, *pipeline.unet.size, pipeline.unet.config["in_channels"])
+    with display.counting(f"drawing {request.num} samples") as progress:
+        pixels = fill(folder / f"{key}.npy", shape, np.uint8, make, ranks, progress)
+    return ImageSet(pixels, np.arange(request.num), key, None if labels is None else np.array(labels))
 
 
-def _network(config: Config, dataset: Dataset, training: NDArray[np.int64], heldout: NDArray[np.int64], seed: int) -> FeatureNetwork:
-    classes = hashlib.sha256(json.dumps([dataset.class_names, None if dataset.labels is None else dataset.labels.tolist()]).encode())
-    key = f"{dataset.content_hash}-{classes.hexdigest()[:16]}-{config.data.heldout}-{config.seed}-{seed}"
-    return cached_self(
-        cache_directory() / "features",
-        key,
-        _images(dataset, training),
-        _labels(dataset, training),
-        _images(dataset, heldout),
-        _labels(dataset, heldout),
-        seed,
-    )
+def _overfitting(pipeline: MaskDMPipeline, config: Config, machine: Machine, training: ImageSet, heldout: ImageSet) -> dict[str, object]:
+    losses = []
+    for images in (training, heldout):
+        places = images.places(MOST_DENOISED)
+        labels = None if pipeline.unet.num_classes == 0 else torch.full((len(places),), pipeline.unet.num_classes)
+        if labels is not None and images.labels is not None:
+            labels = torch.from_numpy(images.labels[places])
+        with autocast(machine.device, machine.precision):
+            pixels = images.take(places).to(machine.device)
+            losses.append(denoising_loss(pipeline.unet, config.diffusion, pixels, None if labels is None else labels.to(machine.device)))
+    return overfitting(*losses)
 
 
-def _images(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(dataset.images[rows].transpose(0, 3, 1, 2))
+# --- two collections of images ------------------------------------------------------------------------------------
 
 
-def _labels(dataset: Dataset, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    known = dataset.labels is not None and (dataset.labels >= 0).all()  # a judge cannot learn from images without a class
-    return dataset.labels[rows] if dataset.labels is not None and known else None
+def _evaluate_images(request: EvaluateRequest, ranks: Ranks, display: Display) -> str:
+    if request.images is None or request.data is None:
+        raise UserError("--images is given without --data; name the real images that they are measured against")
+    if request.weights != "ema" or request.sigma_rel is not None:
+        raise UserError("--weights and --ema choose among a run's weights; leave them out with --images")
+    sources = [open_source(request.images), open_source(request.data)]
+    summaries = [inspect(source) for source in sources]
+    for source, found in zip(sources, summaries, strict=True):
+        if found.readable == 0:
+            raise UserError(f"no image of {source.name} can be read; `maskdm data {source.name}` lists what is wrong with each")
+    first = summaries[0]
+    shrink = min(1.0, LARGEST / max(first.median_height, first.median_width))
+    size = (max(4, round(first.median_height * shrink)), max(4, round(first.median_width * shrink)))
+    size = parse_size(request.image_size) if request.image_size else size
+    sets: list[ImageSet] = []
+    datasets: list[Dataset] = []
+    for source in sources:
+        settings = Data(source.name, size, channels=1 if all(each.gray for each in summaries) else 3)
+        with display.counting(f"decoding images of {source.name}") as progress:
+            datasets.append(prepare(source, settings, cache_directory(), progress))
+        if datasets[-1].broken:
+            display.note(f"{len(datasets[-1].broken)} broken files of {source.name} skipped; `maskdm data {source.name}` lists them")
+    same_classes = datasets[0].class_names == datasets[1].class_names
+    sets = [image_set(dataset, np.arange(len(dataset)), same_classes) for dataset in datasets]
+    machine = this_machine(Hardware())
+    network = choose_network(request.features, sets[1], None, 0, machine.device, ranks, display)
+    provenance = {
+        "maskdm": maskdm.__version__,
+        "images": request.images,
+        "images_hash": datasets[0].content_hash,
+        "data": request.data,
+        "data_hash": datasets[1].content_hash,
+        "image_size": list(size),
+        "fit": "crop",
+        "device": str(machine.device),
+    }
+    subject = Subject(sets[0], sets[1], None, datasets[0].class_names if same_classes else (), "real images")
+    found = _measure(request, network, subject, provenance, None, ranks, display)
+    if not ranks.first:
+        return ""
+    lines = summary(found.measures)
+    if request.out is not None:
+        write_text(request.out, json.dumps(found.measures, indent=1))
+        pairs = request.out.with_suffix(".copies.png")
+        _picture(found, subject, "worst").save(pairs)
+        lines += [f"metrics: {request.out}", f"pairs most alike: {pairs}"]
+    return "\n".join(lines)
 
 
-def _summary(metrics: dict[str, Any], run: RunDirectory) -> str:
-    lines = [
-        f"{metrics['num_samples']} samples, features: {metrics['features']['name']}",
-        f"Frechet distance to {metrics['num_reference']} training images: {metrics['frechet_distance']:.3f}"
-        f" (held-out real images: {metrics['frechet_distance_heldout']:.3f})",
-    ]
-    if metrics.get("class_accuracy") is not None:
-        lines.append(f"class accuracy: {metrics['class_accuracy']:.1%} (held-out real images: {metrics['class_accuracy_heldout']:.1%})")
-    return "\n".join([*lines, f"metrics: {run.metrics_file}", f"report:  {run.path / 'report.html'}"])
+# --- both -----------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    request: EvaluateRequest,
+    network: FeatureNetwork,
+    subject: Subject,
+    provenance: Mapping[str, object],
+    denoising: Mapping[str, object] | None,
+    ranks: Ranks,
+    display: Display,
+) -> Evaluation:
+    provenance = {"created": datetime.now().astimezone().isoformat(timespec="seconds"), **provenance}
+    with display.counting("features") as progress:
+        extractor = Extractor(network, cache_directory() / "features", ranks, progress)
+        return evaluate_samples(extractor, subject, provenance, request.num_reference, denoising)
+
+
+def _picture(found: Evaluation, subject: Subject, which: str) -> Any:
+    """Samples in one row, their training images below."""
+    pairs = found.neighbours if which == "neighbours" else found.worst
+    above = subject.samples.take(np.array([pair.sample for pair in pairs])).numpy()
+    below = subject.training.take(np.array([pair.training for pair in pairs])).numpy()
+    return grid(np.concatenate([above, below]), columns=len(pairs))
+
+
+def summary(measures: dict[str, Any]) -> list[str]:
+    """The figures that matter most, a line each, then what they say."""
+
+    def between(key: str) -> str:
+        low, high = measures[f"{key}_interval"]
+        return f"{measures[key]:.4g} ({low:.4g} to {high:.4g})"
+
+    def beside(key: str) -> str:
+        return f"; new real images {measures[f'{key}_heldout']:.4g}" if f"{key}_heldout" in measures else ""
+
+    lines = [f"{measures['num_samples']} images against {measures['reference']}; features: {measures['features']['name']}; 95 % intervals"]
+    lines.append(f"  kernel distance   {between('kernel_distance')}{beside('kernel_distance')}")
+    name = "FID              " if "fid" in measures else "Frechet distance "
+    count = measures.get("frechet_distance_halves_count")
+    halves = f"; two real halves of {count}: {measures['frechet_distance_halves']:.4g}" if count else ""
+    lines.append(f"  {name} {between('frechet_distance')}{beside('frechet_distance')}{halves}")
+    if "frechet_distance_infinity" in measures:
+        lines.append(f"  ... of endless images {between('frechet_distance_infinity')}")
+    for key in ("precision", "recall", "density", "coverage"):
+        lines.append(f"  {key:<17} {between(key)}{beside(key)}")
+    if "class_accuracy" in measures:
+        lines.append(f"  class accuracy    {between('class_accuracy')}{beside('class_accuracy')}")
+    return [*lines, *(f"* {sentence}" for sentence in measures["verdicts"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maskdm.config import Config
-from maskdm.data import Dataset
+from maskdm.data import Dataset, to_uint8
 from maskdm.draws import derive
 from maskdm.engine import Step, Trainer, autocast, snapshots
-from maskdm.evaluation.denoising import heldout_loss
 from maskdm.masking import draw
 from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
@@ -23,13 +23,13 @@ from maskdm.runs.display import TrainingBar
 from maskdm.runs.plan import stage_records
 from maskdm.runs.sample import draw_images
 from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
+from maskdm.runs.watch import Watch
+from maskdm.sampling import seeded
 from maskdm.settings import to_plain, to_yaml
 from maskdm.tracking import Trackers, network_histograms
 
-HELDOUT_IMAGES = 256
-"""Images of the held-out loss during training: enough to rank, few enough to cost little."""
-
 GRID_ROWS, GRID_COLUMNS = 10, 5
+STRIP_ROWS, STRIP_COLUMNS = 6, 10
 
 
 class Diverged(Exception):
@@ -39,9 +39,11 @@ class Diverged(Exception):
 class Observer:
     """Follows a trainer, step by step."""
 
-    def __init__(self, run: RunDirectory, config: Config, trainer: Trainer, dataset: Dataset, heldout: NDArray[np.int64]) -> None:
+    def __init__(
+        self, run: RunDirectory, config: Config, trainer: Trainer, dataset: Dataset, rows: tuple[NDArray[np.int64], NDArray[np.int64]]
+    ) -> None:
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
-        self.heldout = heldout
+        self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
         self.trackers = Trackers(config.tracking, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
         self.trackers.text("config", to_yaml(config), trainer.progress.step)
         self._losses = torch.zeros((), device=trainer.device)
@@ -52,12 +54,14 @@ class Observer:
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
 
-    def meter(self) -> dict[str, float]:
-        """Sum and number of the losses since the last line of metrics."""
-        return {"losses": float(self._losses), "count": self._count}
+    def meter(self) -> dict[str, Any]:
+        """Sum and number of the losses since the last line of metrics, and the best evaluation."""
+        return {"losses": float(self._losses), "count": self._count, "watch": self.watch.state()}
 
-    def restore(self, meter: Mapping[str, float]) -> None:
+    def restore(self, meter: Mapping[str, Any]) -> None:
         """Continue with a saved meter."""
+        if "watch" in meter:
+            self.watch.restore(meter["watch"])
         self._losses.fill_(meter["losses"])
         self._count = int(meter["count"])
         progress = self.trainer.progress
@@ -73,20 +77,25 @@ class Observer:
         if step.stage_step == 1:
             self.run.log("stage", step.number, stage=step.stage.name, state="start")
             self._speed = (0, self.trainer.progress.seconds - self._stage_seconds())
+            self.watch.enter_stage()
             self._snapshots = 0
         self._losses += step.loss
         self._count += 1
         if step.number % every.log == 0 or step.ends_stage or step.stage_step == 1:
             self._log(step, bar)
-        if (every.evaluate and step.number % every.evaluate == 0) or step.ends_stage:
-            self._evaluate(step)
+        ends = step.ends_stage
+        if (every.evaluate and step.number % every.evaluate == 0) or ends:
+            self.trackers.scalars(self.watch.evaluate(step), step.number)
             self._histograms(step)
-        if (every.sample and step.number % every.sample == 0) or step.ends_stage:
+            if not ends and self.watch.gives_up(step):
+                self.trainer.end_stage()
+                ends = True
+        if (every.sample and step.number % every.sample == 0) or ends:
             self._sample(step)
-        if self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
-            self._snapshot(step)
-        if step.number % every.save == 0 or step.ends_stage:
-            self.save(step)
+        if self._due(step.share) > self._snapshots or (ends and self.config.ema.snapshots):
+            self._snapshot(step)  # before the checkpoint: what that has passed is on disk
+        if step.number % every.save == 0 or ends:
+            self.save(step, ends)
 
     def _due(self, share: float) -> int:
         """Snapshots that this share of a stage's budget asks for."""
@@ -122,11 +131,11 @@ class Observer:
                 stands = f"{latest} stands" if latest else "no checkpoint was written yet"
                 raise Diverged(f"the {name} is {value} at step {step.number} (stage {step.stage.name}); {stands}; try a lower lr, or fp32")
 
-    def save(self, step: Step) -> None:
+    def save(self, step: Step, ends_stage: bool = False) -> None:
         """Write a checkpoint, unless the step went wrong."""
         self._check_finite(step)
         self._saved = step.number
-        save_checkpoint(self.run, self.trainer, self.meter(), step.stage.name if step.ends_stage else None)
+        save_checkpoint(self.run, self.trainer, self.meter(), step.stage.name if ends_stage else None)
         self.update_info("running", None)
 
     def save_once(self, step: Step) -> None:
@@ -136,9 +145,9 @@ class Observer:
 
     def update_info(self, status: str, error: str | None) -> None:
         """Bring run.json up to date."""
-        self.run.write_info(
-            self.run.info() | {"status": status, "error": error, "stages": stage_records(self.config, self.trainer.progress)}
-        )
+        stages = stage_records(self.config, self.trainer.progress)
+        total = sum(stage["flops"] for stage in stages)
+        self.run.write_info(self.run.info() | {"status": status, "error": error, "stages": stages, "flops": total})
 
     def _tracker_failed(self, name: str, error: str) -> None:
         self.run.log("tracker", self.trainer.progress.step, name=name, error=error, state="dropped")
@@ -148,25 +157,7 @@ class Observer:
             for name, value in network_histograms(self.trainer.model, self.trainer.optimizer).items():
                 self.trackers.histogram(name, value, step.number)
 
-    # --- held-out loss and samples, of the averaged weights ---
-
-    def _images(self, rows: NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.dataset.images[rows].transpose(0, 3, 1, 2))).to(self.trainer.device)
-
-    def _evaluate(self, step: Step) -> None:
-        if len(self.heldout) == 0:
-            return
-        rows = self.heldout[np.linspace(0, len(self.heldout) - 1, min(HELDOUT_IMAGES, len(self.heldout))).astype(np.int64)]
-        labels = None
-        if self.config.data.conditional and self.dataset.labels is not None:
-            labels = torch.from_numpy(self.dataset.labels[rows]).to(self.trainer.device)
-            labels = torch.where(labels < 0, len(self.classes), labels)
-        with autocast(self.trainer.device, self.trainer.precision):
-            found = heldout_loss(self.trainer.average.model, self.config.diffusion, self._images(rows), labels)
-        levels = [{"t": t, "loss": loss} for t, loss in found.levels]
-        self.run.log("heldout", step.number, stage=step.stage.name, seconds=step.seconds, loss=found.loss, levels=levels, images=len(rows))
-        curves = {"heldout/loss": found.loss} | {f"heldout/t={t:.0f}": loss for t, loss in found.levels}
-        self.trackers.scalars(curves, step.number)
+    # --- samples of the averaged weights ---
 
     def _sample(self, step: Step) -> None:
         num = self.config.sampling.num
@@ -193,6 +184,7 @@ class Observer:
         """Leave the model folder, pictures and the report."""
         save_pipeline(make_pipeline(self.trainer.average.model, self.config, self.classes), self.run.model)
         self._final_samples().save(self.run.path / "samples.png")
+        self._denoising_strip().save(self.run.path / "denoising.png")
         masks = self._mask_picture()
         if masks is not None:
             masks.save(self.run.path / "masks.png")
@@ -209,6 +201,25 @@ class Observer:
         drawn = self._draw(len(shown) * GRID_COLUMNS, np.repeat(shown, GRID_COLUMNS).tolist())
         rows = np.concatenate([np.resize(np.flatnonzero(labels == label), GRID_COLUMNS) for label in shown])
         return side_by_side(drawn, self._real(rows), GRID_COLUMNS, ("generated", "real"), [self.classes[label] for label in shown])
+
+    def _denoising_strip(self) -> Image.Image:
+        """From noise to image: a row per image, the state at evenly spaced steps. Where noise is larger than the image, scaled."""
+        pipeline, steps = make_pipeline(self.trainer.average.model, self.config, self.classes), list[torch.Tensor]()
+        labels = [i * len(self.classes) // STRIP_ROWS for i in range(STRIP_ROWS)] if self.classes else None
+        settings = self.config.sampling
+        with autocast(self.trainer.device, self.trainer.precision):
+            pipeline(
+                batch_size=STRIP_ROWS,
+                class_labels=labels,
+                generator=seeded(self.config.seed, range(STRIP_ROWS)),
+                num_inference_steps=settings.steps,
+                eta=settings.eta,
+                guidance_scale=settings.guidance,
+                on_step=lambda _, x: steps.append(x.float().cpu()),
+            )
+        chosen = [steps[i] for i in np.linspace(0, len(steps) - 1, min(STRIP_COLUMNS, len(steps))).round().astype(int)]
+        shown = torch.stack([to_uint8(x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)) for x in chosen], dim=1)
+        return grid(shown.flatten(0, 1).numpy(), columns=len(chosen))
 
     def _spread(self, num: int) -> NDArray[np.int64]:
         return np.linspace(0, len(self.dataset.images) - 1, num).astype(np.int64)

@@ -37,6 +37,12 @@ def ideal_speedup(config: Config, mask: Mask) -> float:
     return (6 * width + tokens) / (6 * width + keep * tokens) / keep
 
 
+def flops(config: Config, mask: Mask, images: int) -> float:
+    """Arithmetic of the blocks, forward and backward, for training images: 3 depth (24 n d^2 + 4 n^2 d) each, of n kept patches."""
+    kept, width = num_kept(mask, config.grid), config.model.width
+    return 3.0 * images * config.model.depth * (24 * kept * width**2 + 4 * kept**2 * width)
+
+
 def plan_lines(config: Config, machine: Machine) -> list[str]:
     """The plan of a run, a line per stage."""
     threads = f", {config.hardware.threads or machine.cores} threads" if machine.device.type == "cpu" else ""
@@ -69,7 +75,9 @@ def stage_records(config: Config, progress: Progress) -> list[dict[str, Any]]:
                 "images": done.images,
                 "seconds": round(done.seconds, 3),
                 "images_per_second": done.images / done.seconds if done.seconds else None,
-                "done": number < progress.stage or done.share(stage.budget) >= 1,
+                "flops": flops(config, stage.mask, done.images),
+                "done": number < progress.stage or done.share(stage.budget) >= 1 or done.ended,
+                "ended_early": done.ended,
             }
         )
     return records

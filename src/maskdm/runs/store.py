@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -56,12 +57,30 @@ def load_denoiser(path: Path, weights: Weights) -> tuple[Denoiser, dict[str, Ten
     latest = latest_checkpoint(run)
     if latest is None:
         raise UserError(f"{path} has no checkpoint yet; train it first")
+    if weights == "best":
+        if not run.best.is_dir():
+            raise UserError(f"{path} has no best weights: nothing was evaluated while it trained; use its averaged ones")
+        best = checkpoint.load(run.best)
+        step, measure, value = (best.numbers[key] for key in ("step", "measure", "value"))
+        return model, best.tensors["average"], f"{run.best} (averaged, at step {step}, {measure} {value:.5g})"
     saved = checkpoint.load(latest)
-    return (
-        model,
-        saved.tensors["average" if weights == "ema" else "model"],
-        f"{latest} ({'averaged' if weights == 'ema' else 'as trained'})",
-    )
+    name, words = ("average", "averaged") if weights == "ema" else ("model", "as trained")
+    return model, saved.tensors[name], f"{latest} ({words})"
+
+
+def save_best(run: RunDirectory, trainer: Trainer, measure: str, value: float) -> None:
+    """Keep the averaged weights as the best so far."""
+    numbers = {"step": trainer.progress.step, "measure": measure, "value": value}
+    checkpoint.save(run.path, run.best.name, {"average": trainer.average.model.state_dict()}, numbers)
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and values of a state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def stage_snapshots(path: Path, stage: str | None = None) -> tuple[str, dict[Path, snapshots.Snapshot]]:
@@ -112,16 +131,18 @@ def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def load_pipeline(path: Path, sigma_rel: float | None = None) -> tuple[MaskDMPipeline, str]:
+def load_pipeline(path: Path, weights: Weights = "ema", sigma_rel: float | None = None) -> tuple[MaskDMPipeline, str]:
     """The pipeline of a run on this machine's device, and whence its weights.
 
-    They are the averaged ones of its latest checkpoint, or averaged over `sigma_rel` at its last snapshot.
+    They are those of its latest checkpoint, or the best ones, or with `sigma_rel` an average made from its snapshots.
     """
+    if sigma_rel is not None and weights != "ema":
+        raise UserError(f"--ema makes an average of its own, and --weights {weights} asks for other weights; leave one out")
     config = RunDirectory.existing(path).config()
-    model, weights, origin = load_denoiser(path, "ema")
+    model, state, origin = load_denoiser(path, weights)
     if sigma_rel is not None:
-        weights, origin = reconstruct_ema(path, sigma_rel)
-    model.load_state_dict(weights)
+        state, origin = reconstruct_ema(path, sigma_rel)
+    model.load_state_dict(state)
     machine = this_machine(Hardware())
     torch.set_num_threads(machine.cores)
     pipeline = make_pipeline(model.eval(), config, class_names(path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import signal
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 
 import maskdm
@@ -62,7 +65,7 @@ def train(request: TrainRequest, command: str, display: Display) -> str:
         if trainer.powers.sigma_rel and trainer.powers.time == 0:
             display.note("  it has no averages for snapshots (an older version, or another ema.sigma_rel): they begin here")
     _begin(run, resolved, dataset, trainer, command, report, display)
-    observer = Observer(run, config, trainer, dataset, heldout)
+    observer = Observer(run, config, trainer, dataset, (training, heldout))
     if saved is not None:
         observer.restore(saved.numbers["meter"])
     try:
@@ -150,6 +153,7 @@ def _begin(
         "model": f"{config.model.kind} {config.model.width} x {config.model.depth}, {config.model.heads} heads, patch {config.model.patch}",
         "data": _describe(resolved, dataset),
         "environment": environment(resolved.machine, torch.get_num_threads()),
+        "process": {"pid": os.getpid(), "host": platform.node(), "started": psutil.Process().create_time()},
         "tokens": config.grid[0] * config.grid[1],
         "choices": info.get("choices", list(resolved.reasons)),
         "stages": stage_records(config, trainer.progress),

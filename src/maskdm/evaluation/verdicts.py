@@ -1,0 +1,106 @@
+"""What the figures of an evaluation say, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from maskdm.evaluation.intervals import Estimate, difference_of_shares
+
+_RECOGNISED = (
+    (-0.02, "more typical of their class than"),
+    (0.02, "as recognisable as"),
+    (0.1, "a little less recognisable than"),
+    (math.inf, "clearly less recognisable than"),
+)
+_APART = (
+    (1.1, "as close to the training images as"),
+    (1.5, "nearly as close to the training images as"),
+    (5.0, "visibly farther from the training images than"),
+    (math.inf, "much farther from the training images than"),
+)
+OVERFITTING = 0.03
+"""A held-out loss larger than the training loss by this share of it, interval and all, is called overfitting."""
+
+COPYING = 0.005
+"""Copies beyond what held-out images show, interval and all, are called copying above this share."""
+
+
+def verdicts(measures: Mapping[str, Any], called: str = "training images") -> list[str]:
+    """Sentences about the measures of `evaluate_samples`, the gravest first; `called`: the images of the reference."""
+    said = [_copies(measures, called), _overfitting(measures), _distance(measures), _accuracy(measures), _variety(measures)]
+    colour = measures.get("colour")
+    said.append(colour["verdict"] if colour else None)
+    if measures["num_samples"] < 1000:
+        said.append(f"Only {measures['num_samples']} samples were measured: take the figures as rough.")
+    return [sentence for sentence in said if sentence]
+
+
+def _grade(value: float, grades: tuple[tuple[float, str], ...]) -> str:
+    """The words of the first limit that the value does not exceed."""
+    return next(words for limit, words in grades if value <= limit)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %" if value < 0.1 else f"{100 * value:.1f} %"
+
+
+def _estimate(measures: Mapping[str, Any], key: str) -> Estimate | None:
+    value = measures.get(key)
+    return None if value is None else Estimate(value, *measures[f"{key}_interval"])
+
+
+def _copies(measures: Mapping[str, Any], called: str) -> str:
+    copies = measures["copies"]
+    ours, new = _estimate(copies, "share"), _estimate(copies, "heldout_share")
+    assert ours is not None
+    beyond = ours if new is None else difference_of_shares(ours, new)
+    shown = f"{_percent(ours.value)} of the samples (95 % interval {_percent(ours.low)} to {_percent(ours.high)})"
+    calibration = "" if new is None else f"; of new real images {_percent(new.value)} look so"
+    if beyond.low > COPYING:
+        return f"It copies: {shown} are near-copies of {called}{calibration}."
+    if ours.value == 0:
+        return f"No sign of copying: none of {copies['num_samples']} samples is a near-copy of one of the {called}."
+    return f"No sign of copying beyond chance: {shown} look like {called}{calibration}."
+
+
+def _overfitting(measures: Mapping[str, Any]) -> str | None:
+    denoising = measures.get("denoising")
+    if not denoising:
+        return None
+    low, train = denoising["gap_interval"][0], denoising["train"]
+    shown = f"the denoising loss is {denoising['train']:.4g} on training images and {denoising['heldout']:.4g} on held-out ones"
+    if low > OVERFITTING * train:
+        return f"It overfits: {shown}."
+    return f"No overfitting to speak of: {shown}."
+
+
+def _distance(measures: Mapping[str, Any]) -> str | None:
+    distance, floor = measures.get("frechet_distance_matched"), measures.get("frechet_distance_heldout")
+    kernel, kernel_heldout = _estimate(measures, "kernel_distance"), _estimate(measures, "kernel_distance_heldout")
+    if not distance or not floor or kernel is None or kernel_heldout is None:
+        return None
+    ratio = distance / floor
+    if measures["headline"] == "kernel_distance" and kernel.low <= kernel_heldout.high and ratio > 1.5:
+        return f"Their kernel distance is within the error of new real images'; their Frechet distance is {ratio:.1f} times theirs."
+    return f"Samples are {_grade(ratio, _APART)} new real images: {ratio:.2g} times the Frechet distance at equal counts."
+
+
+def _accuracy(measures: Mapping[str, Any]) -> str | None:
+    accuracy, real = measures.get("class_accuracy"), measures.get("class_accuracy_heldout")
+    if accuracy is None or real is None:
+        return None
+    shares = f"a classifier is right on {_percent(accuracy)} of them, and on {_percent(real)} of held-out images"
+    return f"Samples are {_grade(real - accuracy, _RECOGNISED)} real images: {shares}."
+
+
+def _variety(measures: Mapping[str, Any]) -> str | None:
+    ours, real = _estimate(measures, "coverage"), _estimate(measures, "coverage_heldout")
+    if ours is None or real is None:
+        return None
+    missing = difference_of_shares(real, ours)
+    if missing.low > 0.05:
+        reached = f"samples come near {_percent(ours.value)} of the real images, new real images near {_percent(real.value)}"
+        return f"Variety is lacking: {reached}."
+    return None

@@ -1,0 +1,125 @@
+"""The evaluation during training: held-out and training loss, a kernel distance if asked for, the best weights, and when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from maskdm.config import Config
+from maskdm.data import Dataset
+from maskdm.engine import Ranks, Step, Trainer, autocast
+from maskdm.evaluation import DenoisingLoss, Estimate, Extractor, ImageSet, denoising_loss, kernel_distance
+from maskdm.runs.directory import RunDirectory
+from maskdm.runs.display import Display
+from maskdm.runs.judge import choose_network
+from maskdm.runs.sets import image_set, images_and_labels
+from maskdm.runs.store import cache_directory, save_best
+
+MEASURED = 256
+"""Held-out images, and training images, of the loss during training: enough to rank, few enough to cost little."""
+
+REFERENCE = 2000
+
+Rows = NDArray[np.int64]
+
+Draw = Callable[[int, list[int] | None], NDArray[np.uint8]]
+"""Samples [n, channels, height, width] of the averaged weights, of these classes if any."""
+
+
+class Watch:
+    """Measures the averaged weights and remembers the best."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: Config,
+        trainer: Trainer,
+        dataset: Dataset,
+        rows: tuple[Rows, Rows],
+        draw: Draw,
+    ) -> None:
+        self.run, self.config, self.trainer, self.dataset, self.draw = run, config, trainer, dataset, draw
+        self.training, self.heldout = rows
+        self._best, self._stage_best, self._since = math.inf, math.inf, 0
+        self._judge = self._choose_judge() if config.evaluation.num else None  # at once: a file that is not there must not end a run later
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        best, stage_best = (None if math.isinf(value) else value for value in (self._best, self._stage_best))
+        return {"measure": self.config.evaluation.measure, "best": best, "stage_best": stage_best, "since": self._since}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue with a saved state, unless another measure counts now."""
+        if state["measure"] == self.config.evaluation.measure:
+            self._best, self._stage_best = (math.inf if state[key] is None else state[key] for key in ("best", "stage_best"))
+            self._since = state["since"]
+
+    def enter_stage(self) -> None:
+        """Forget how long the stage before had not improved."""
+        self._stage_best, self._since = math.inf, 0
+
+    def evaluate(self, step: Step) -> dict[str, float]:
+        """Measure, log, keep the best; returns the figures by name."""
+        settings, found = self.config.evaluation, dict[str, float]()
+        where = {"stage": step.stage.name, "seconds": step.seconds}
+        if len(self.heldout):
+            new, known = self._loss(self.heldout), self._loss(self.training)
+            levels = {"levels": new.levels, "train_levels": known.levels}
+            self.run.log("heldout", step.number, **where, loss=new.loss, train_loss=known.loss, **levels, images=len(new.errors))
+            found |= {"heldout/loss": new.loss, "heldout/train_loss": known.loss}
+            found |= {f"heldout/t={level['t']:.0f}": level["loss"] for level in new.levels}
+        if self._judge is not None:
+            distance, features = self._distance(settings.num, self._judge)
+            figures = {"kernel_distance": distance.value, "kernel_distance_interval": [distance.low, distance.high]}
+            self.run.log("evaluate", step.number, **where, **figures, num_samples=settings.num, features=features)
+            found["evaluate/kernel_distance"] = distance.value
+        value = found.get("heldout/loss" if settings.measure == "heldout-loss" else "evaluate/kernel_distance")
+        if value is not None:
+            self._compare(step, value)
+        return found
+
+    def gives_up(self, step: Step) -> bool:
+        """Whether the stage has gone without a better evaluation for as long as it may."""
+        patience = self.config.evaluation.patience
+        if patience is None or self._since < patience:
+            return False
+        measure = self.config.evaluation.measure
+        self.run.log("early_stop", step.number, stage=step.stage.name, measure=measure, best=self._stage_best, since=self._since)
+        return True
+
+    def _compare(self, step: Step, value: float) -> None:
+        self._since = 0 if value < self._stage_best else self._since + 1
+        self._stage_best = min(value, self._stage_best)
+        if value < self._best:
+            self._best = value
+            measure = self.config.evaluation.measure
+            save_best(self.run, self.trainer, measure, value)
+            self.run.log("best", step.number, stage=step.stage.name, measure=measure, value=value)
+
+    def _loss(self, rows: Rows) -> DenoisingLoss:
+        """Of an even part of the rows."""
+        some = rows[np.linspace(0, len(rows) - 1, min(MEASURED, len(rows))).astype(np.int64)]
+        pixels, labels = images_and_labels(self.config, self.dataset, some, self.trainer.device)
+        with autocast(self.trainer.device, self.trainer.precision):
+            return denoising_loss(self.trainer.average.model, self.config.diffusion, pixels, labels)
+
+    def _distance(self, num: int, judge: tuple[Extractor, Tensor]) -> tuple[Estimate, str]:
+        extractor, real = judge
+        classes = len(self.dataset.class_names) if self.config.data.conditional else 0
+        drawn = self.draw(num, [i % classes for i in range(num)] if classes else None)
+        fake = extractor.network.features(torch.from_numpy(drawn))
+        return kernel_distance(fake, real).estimate, extractor.network.name
+
+    def _choose_judge(self) -> tuple[Extractor, Tensor]:
+        training = image_set(self.dataset, self.training, self.config.data.conditional)
+        heldout: ImageSet | None = image_set(self.dataset, self.heldout, self.config.data.conditional) if len(self.heldout) else None
+        settings = self.config.evaluation
+        network = choose_network(settings.features, training, heldout, 0, self.trainer.device, Ranks(), Display(quiet=True))
+        extractor = Extractor(network, cache_directory() / "features", Ranks())
+        return extractor, extractor.features(training.part(training.places(REFERENCE)))
