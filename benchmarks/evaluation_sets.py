@@ -1,6 +1,6 @@
 """Do the measures order sets of real images as they must, and agree with another library's? CIFAR-10, 5 000 images a side.
 
-python benchmarks/evaluation_sets.py --data ../shared/data --features self resnet:FILE onnx:FILE --out benchmarks/results/NAME/evaluation_sets.json
+python benchmarks/evaluation_sets.py --features self resnet:FILE onnx:FILE --out benchmarks/results/NAME/evaluation_sets.jsonl
 
 Real training images play the samples, the test images the reference; then the same training images with noise, a red tint, a
 blur, with five of ten classes missing, and with a tenth replaced by copies of reference images. Also a table for the documents.
@@ -49,10 +49,9 @@ def main() -> None:
             measures = evaluate_samples(extractor, Subject(samples, reference, None, train.class_names), {"set": name}).measures
             row: dict[str, Any] = {
                 "set": name,
-                "features": spec.split("/")[-1],
+                "network": spec.split("/")[-1],
                 "seconds": round(time.perf_counter() - started, 1),
-                **measures,
-            }
+            } | measures
             row |= oracle(extractor.features(samples), extractor.features(reference))
             found.append(row)
             print(line(row), flush=True)
@@ -139,7 +138,7 @@ def line(row: dict[str, Any]) -> str:
     endless = f"{row['frechet_distance_infinity']:.4g}" if "frechet_distance_infinity" in row else "-"
     drifted = [each["name"] for each in row["colour"]["statistics"] if each["drift"]]
     cells = [
-        row["features"],
+        row["network"],
         row["set"],
         f"{row['frechet_distance']:.4g} ({row['oracle_frechet_distance']:.4g})",
         between("frechet_distance"),

@@ -19,10 +19,11 @@ PUBLIC = {
     ],
     "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded"],
     "maskdm.evaluation": [
-        "DenoisingLoss", "Estimate", "Evaluation", "Extractor", "FeatureNetwork", "ImageSet", "Images", "KernelDistance", "Labels",
-        "Manifold", "Matches", "Neighbours", "Progress", "Searcher", "SelfNetwork", "Statistics", "Subject", "cached_self",
-        "colour_drift", "denoising_loss", "digest", "evaluate_samples", "fill", "frechet_distance", "frechet_halves",
-        "frechet_infinity", "frechet_standard_error", "kernel_distance", "load_self", "manifold", "nearest", "overfitting", "train_self",
+        "DenoisingLoss", "Estimate", "Evaluation", "Extractor", "FeatureNetwork", "ImageSet", "Images",
+        "KernelDistance", "Labels", "Manifold", "Matches", "Neighbours", "Progress", "Searcher", "SelfNetwork",
+        "Statistics", "Subject", "cached_self", "colour_drift", "denoising_loss", "digest", "evaluate_samples", "fill",
+        "frechet_distance", "frechet_halves", "frechet_infinity", "frechet_standard_error", "is_self",
+        "kernel_distance", "load_network", "load_self", "manifold", "nearest", "overfitting", "train_self",
     ],
     "maskdm.recipes": ["RECIPES", "Choice", "choose", "cifar10", "digits", "emoji", "recipe"],
     "maskdm.runs": [

@@ -159,7 +159,7 @@ def test_bad_requests_are_one_line(run: Path, folders: tuple[Path, Path], tmp_pa
         ("--images", a, "--data", str(tmp_path / "absent")): "absent",
         ("--images", str(tmp_path / "few"), "--data", b): "at least 10 samples, here 1",
         ("--images", a, "--data", b, "--out", str(tmp_path / "no" / "x.json")): "no folder",
-        ("--images", a, "--data", b, "--weights", "best"): "leave them out",
+        ("--images", a, "--data", b, "--weights", "best"): "leave it out with --images",
         ("--images", a, "--data", b, "--features", "onxx:file"): "onnx",
         ("--images", a, "--data", b, "--image-size", "big"): "--image-size",
         (str(run), "--num", "3"): "--num is 3",

@@ -6,7 +6,6 @@ from maskdm.config import DiTConfig, PatchMask, UViTConfig
 from maskdm.errors import UserError
 from maskdm.recipes import RECIPES, choose, recipe
 from maskdm.recipes.automatic import Facts, flops_per_image
-from maskdm.settings import check
 
 
 def facts(count: int = 5000, side: tuple[int, int] = (32, 32), gray: bool = False, classes: int = 0, cpu: bool = True) -> Facts:
@@ -16,7 +15,7 @@ def facts(count: int = 5000, side: tuple[int, int] = (32, 32), gray: bool = Fals
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_hold_together(name: str) -> None:
     config = recipe(name, "data")
-    check(config)
+    config.check()
     assert config.data.source == "data"
     assert len(config.stages) == 2 and isinstance(config.stages[0].mask, PatchMask)
 
@@ -30,7 +29,7 @@ def test_unknown_recipe() -> None:
 @pytest.mark.parametrize("cpu", [True, False])
 def test_choices_hold_together_for_any_size(side: tuple[int, int], cpu: bool) -> None:
     choice = choose(facts(side=side, cpu=cpu))
-    check(choice.config)
+    choice.config.check()
     height, width = choice.config.data.image_size
     assert height == width <= max(8, min(side))
     assert height <= (64 if cpu else 256)

@@ -77,7 +77,7 @@ def test_samples_of_another_average(finished: Path, tmp_path: Path, capsys: pyte
     assert not all(torch.equal(value, trained[name]) for name, value in long.items())
     assert run_command(["sample", str(finished), "--out", str(tmp_path / "x"), "--ema", "0.5"]) == 2
     assert "above 0 and up to 0.288" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"--ema makes an average of its own, and --weights raw"):
+    with pytest.raises(UserError, match=r"--weights raw and --ema 0\.1 both given; name one"):
         load_pipeline(finished, "raw", 0.1)
 
 

@@ -22,6 +22,7 @@ from maskdm.errors import UserError
 Data = Annotated[
     Positional[str], arg(metavar="DATA", help="folder of images, parquet file, data set folder, .npz/.npy array, or digits / emoji")
 ]
+WeightsName = Literal["raw", "ema", "best"]
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="directory of a run of `maskdm train`")]
 
 
@@ -63,6 +64,7 @@ class Sample:
     seed: Annotated[int, arg(help="seed of the noise")] = 0
     labels: Annotated[tuple[str, ...], arg(help="classes to draw, by name or number, in turn; all if left out")] = ()
     batch: Annotated[int, arg(help="images computed at a time")] = 64
+    weights: Annotated[WeightsName, arg(help="as trained, averaged, or averaged at the best evaluation")] = "ema"
     ema: Annotated[float | None, arg(help="length (sigma_rel) of the weights' average, from the snapshots; as trained if left out")] = None
 
 
@@ -88,7 +90,7 @@ class Evaluate:
     num: Annotated[int, arg(help="number of samples")] = 1000
     num_reference: Annotated[int | None, arg(help="real images measured against, drawn at random; all if left out")] = None
     image_size: Annotated[str | None, arg(help="with --images: size both are brought to; that of A if left out")] = None
-    weights: Annotated[Literal["raw", "ema", "best"], arg(help="as trained, averaged, or averaged at the best evaluation")] = "ema"
+    weights: Annotated[WeightsName, arg(help="as trained, averaged, or averaged at the best evaluation")] = "ema"
     ema: Annotated[float | None, arg(help="length (sigma_rel) of the weights' average, from the snapshots; as trained if left out")] = None
     steps: Annotated[int | None, arg(help="denoising steps; the run's setting if left out")] = None
     scheduler: Annotated[SchedulerName | None, arg(help="sampler; the run's setting if left out")] = None
@@ -105,9 +107,10 @@ class EmaSweep:
     sigma_rel: Annotated[str, arg(help="lengths, as shares of the stage")] = "0.02,0.03,0.05,0.075,0.1,0.15,0.2,0.25"
     stage: Annotated[str | None, arg(help="stage whose snapshots are taken; the last that has any if left out")] = None
     measure: Annotated[
-        Literal["heldout-loss", "kernel-distance"], arg(help="the loss on images never trained on, or the distance of samples")
+        Literal["heldout-loss", "kernel-distance"],
+        arg(help="held-out noise loss, or a distance of samples, which is dearer"),
     ] = "heldout-loss"
-    num: Annotated[int | None, arg(help="held-out images measured (all if left out), or samples drawn (500 if left out)")] = None
+    num: Annotated[int | None, arg(help="held-out images measured, all if left out; or samples drawn, 500 if left out")] = None
     save: Annotated[bool, arg(help="also write the best as RUN/model-ema-LENGTH, a diffusers pipeline folder")] = False
 
 
@@ -246,19 +249,7 @@ def _perform(verb: Train | DataVerb | Sample | Evaluate | EmaSweep | Report, set
         case DataVerb():
             print(runs.describe_data(verb.data, verb.image_size, runs.Display()))
         case Sample():
-            request = runs.SampleRequest(
-                verb.run,
-                verb.out,
-                verb.num,
-                verb.steps,
-                verb.scheduler,
-                verb.eta,
-                verb.guidance,
-                verb.seed,
-                verb.labels,
-                verb.batch,
-                verb.ema,
-            )
+            request = runs.SampleRequest(**vars(verb))
             paths = runs.sample_run(request, runs.Display())
             print(f"{len(paths) - 1} images in {verb.out}; overview in {paths[-1]}")
         case Evaluate():
@@ -278,10 +269,14 @@ def _evaluate(verb: Evaluate) -> str:
 
     sampling = None
     if verb.run is not None:
-        sampling = runs.SampleRequest(verb.run, verb.run, verb.num, verb.steps, verb.scheduler, verb.eta, verb.guidance, verb.seed)
-    request = runs.EvaluateRequest(
-        sampling, verb.images, verb.data, verb.features, verb.weights, verb.ema, verb.num_reference, verb.image_size, verb.out
-    )
+        sampling = runs.SampleRequest(
+            verb.run, verb.run, verb.num, verb.steps, verb.scheduler, verb.eta, verb.guidance, verb.seed, weights=verb.weights, ema=verb.ema
+        )
+    of_a_run = ("num", "steps", "scheduler", "eta", "guidance", "seed", "weights", "ema")
+    wrong = [name for name in of_a_run if vars(verb)[name] != vars(Evaluate())[name]] if sampling is None else []
+    if verb.images is not None and wrong:
+        raise UserError(f"--{wrong[0]} says how a run is sampled; leave it out with --images")
+    request = runs.EvaluateRequest(sampling, verb.images, verb.data, verb.features, verb.num_reference, verb.image_size, verb.out)
     return runs.evaluate(request, runs.Display())
 
 

@@ -375,6 +375,31 @@ class Config:
         height, width = self.data.image_size
         return height // self.model.patch, width // self.model.patch
 
+    def check(self) -> None:
+        """What no part can check alone: that patches divide the image and masks the grid. Raises UserError."""
+        height, width = self.data.image_size
+        patch = self.model.patch
+        if height % patch or width % patch:
+            size = f"{height}x{width}" if height != width else f"{height}"
+            near = [max(patch, round(side / patch) * patch) for side in (height, width)]
+            fitting = f"{near[0]}x{near[1]}" if near[0] != near[1] else f"{near[0]}"
+            raise UserError(f"image_size {size} is not a multiple of patch {patch}; use --image-size {fitting} or another --patch")
+        down, across = self.grid
+        for stage in self.stages:
+            match stage.mask:
+                case BlockMask(size=size) if down % size or across % size:
+                    raise UserError(f"stages.{stage.name}.mask.size {size} does not divide the grid of {down} x {across} patches")
+                case CropMask(size=size) if size > min(down, across):
+                    raise UserError(f"stages.{stage.name}.mask.size {size} is larger than the grid of {down} x {across} patches")
+                case BlockMask(ratio=ratio, size=size) if int(ratio * down * across) < size**2:
+                    raise UserError(f"stages.{stage.name}.mask hides nothing: {ratio:.0%} of {down} x {across} patches is no whole block")
+                case PatchMask(ratio=ratio) if int(ratio * down * across) < 1:
+                    raise UserError(f"stages.{stage.name}.mask hides nothing: {ratio:.0%} of {down} x {across} patches is no whole patch")
+                case CropMask(size=size) if size == down == across:
+                    raise UserError(f"stages.{stage.name}.mask hides nothing: its window is the whole grid of {down} x {across} patches")
+                case _:
+                    pass
+
 
 SHORTHANDS: dict[str, Mask | Model | UniformWeight | MinSNRWeight | UniformTimesteps | LogitNormalTimesteps] = {
     "none": NoMask(),

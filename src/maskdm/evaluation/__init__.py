@@ -13,6 +13,7 @@ from maskdm.evaluation.intervals import Estimate
 from maskdm.evaluation.kernel import KernelDistance, kernel_distance
 from maskdm.evaluation.manifold import Manifold, manifold
 from maskdm.evaluation.neighbours import Neighbours, nearest
+from maskdm.evaluation.networks import is_self, load_network
 from maskdm.evaluation.own import SelfNetwork, load_self
 from maskdm.evaluation.pieces import Progress, fill
 from maskdm.evaluation.training import cached_self, train_self
@@ -45,7 +46,9 @@ __all__ = [
     "frechet_halves",
     "frechet_infinity",
     "frechet_standard_error",
+    "is_self",
     "kernel_distance",
+    "load_network",
     "load_self",
     "manifold",
     "nearest",

@@ -47,9 +47,9 @@ class FeatureNetwork(ABC):
     def embed(self, images: UInt8[Tensor, "n _ _ _"]) -> Float[Tensor, "n _"]:
         """Features of one piece of the images, which is on the CPU; the result may be elsewhere."""
 
-    @abstractmethod
     def scores(self, images: UInt8[Tensor, "n _ _ _"]) -> Float[Tensor, "n _"] | None:
         """Class scores of one piece; None without classes."""
+        return None
 
     @torch.no_grad()
     def features(self, images: Images, batch: int | None = None) -> Float[Tensor, "_ _"]:
@@ -81,6 +81,11 @@ def take(images: Images, rows: slice | NDArray[np.int64]) -> UInt8[Tensor, "_ _ 
     if isinstance(images, Tensor):
         return images[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
     return torch.from_numpy(np.array(images[rows]))
+
+
+def batch_on(device: torch.device) -> int:
+    """Images at a time for a deep network: few of them stay in a CPU's caches, and a GPU wants many."""
+    return 16 if device.type == "cpu" else 128
 
 
 def label_tensor(labels: Labels) -> Int[Tensor, " _"]:

@@ -36,7 +36,7 @@ __all__ = [
 
 def sample_run(request: SampleRequest, display: Display) -> list[Path]:
     """Draw images from the run that the request names. Raises UserError."""
-    pipeline, origin = load_pipeline(request.run, sigma_rel=request.ema)
+    pipeline, origin = load_pipeline(request.run, request.weights, request.ema)
     display.note(f"weights: {origin}")
     settings = sampling_settings(RunDirectory(request.run).config(), request)
     with display.counting(f"drawing {request.num} images") as progress:

@@ -32,7 +32,7 @@ from maskdm.evaluation import (
 )
 from maskdm.pictures import grid
 from maskdm.report import write_report
-from maskdm.runs.directory import RunDirectory, Weights, write_text
+from maskdm.runs.directory import RunDirectory, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
 from maskdm.runs.resolve import parse_size
@@ -55,8 +55,6 @@ class EvaluateRequest:
     images: str | None = None
     data: str | None = None
     features: str = "self"
-    weights: Weights = "ema"
-    sigma_rel: float | None = None
     num_reference: int | None = None
     image_size: str | None = None
     out: Path | None = None
@@ -66,6 +64,8 @@ def evaluate(request: EvaluateRequest, display: Display) -> str:
     """Measure, write what was found, and return a summary; nothing from processes other than the first. Raises UserError."""
     if (request.run is None) == (request.images is None):
         raise UserError("give either the directory of a run, or --images A --data B: two collections of images")
+    if request.run is not None and request.image_size is not None:
+        raise UserError("--image-size goes with --images; a run's samples have the run's size")
     if request.num_reference is not None and request.num_reference < LEAST_HELDOUT:
         raise UserError(f"--num-reference is {request.num_reference}; give at least {LEAST_HELDOUT}, or leave it out for all")
     if request.out is not None and not request.out.absolute().parent.is_dir():
@@ -83,7 +83,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     config, info = run.config(), run.info()
     if sampled.num < 10:
         raise UserError(f"--num is {sampled.num}; an evaluation needs at least 10 samples")
-    pipeline, origin = load_pipeline(sampled.run, request.weights, request.sigma_rel)
+    pipeline, origin = load_pipeline(sampled.run, sampled.weights, sampled.ema)
     dataset = dataset_of(run, config, request.data, display)
     training, heldout = sets_of(config, dataset)
     machine = this_machine(Hardware())
@@ -93,7 +93,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     provenance = {
         "maskdm": maskdm.__version__,
         "checkpoint": origin,
-        "weights": request.weights if request.sigma_rel is None else f"power-function average, sigma_rel {request.sigma_rel}",
+        "weights": sampled.weights if sampled.ema is None else f"power-function average, sigma_rel {sampled.ema:g}",
         "weights_hash": state_hash(pipeline.unet.state_dict()),
         "scheduler": settings.scheduler,
         "steps": settings.steps,
@@ -165,8 +165,6 @@ def _overfitting(pipeline: MaskDMPipeline, config: Config, machine: Machine, tra
 def _evaluate_images(request: EvaluateRequest, ranks: Ranks, display: Display) -> str:
     if request.images is None or request.data is None:
         raise UserError("--images is given without --data; name the real images that they are measured against")
-    if request.weights != "ema" or request.sigma_rel is not None:
-        raise UserError("--weights and --ema choose among a run's weights; leave them out with --images")
     sources = [open_source(request.images), open_source(request.data)]
     summaries = [inspect(source) for source in sources]
     for source, found in zip(sources, summaries, strict=True):

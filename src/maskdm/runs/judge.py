@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from maskdm.engine import Ranks
-from maskdm.evaluation import FeatureNetwork, ImageSet, cached_self
+from maskdm.evaluation import FeatureNetwork, ImageSet, cached_self, is_self, load_network
 from maskdm.runs.display import Display
 from maskdm.runs.store import cache_directory
 
@@ -21,7 +21,8 @@ def choose_network(
     spec: str, training: ImageSet, heldout: ImageSet | None, seed: int, device: torch.device, ranks: Ranks, display: Display
 ) -> FeatureNetwork:
     """The network of `--features SPEC`. `self` is trained by the first process; the others read it. Raises UserError."""
-    assert spec == "self"
+    if not is_self(spec):
+        return load_network(spec, cache_directory() / "networks", device)
     if ranks.first:
         display.note("features: a small network trained on the real images (about a minute; kept for the next time)")
         found = _self(training, heldout, seed, device)

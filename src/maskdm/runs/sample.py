@@ -14,6 +14,7 @@ from maskdm.config import Config, Sampling, SchedulerName
 from maskdm.data import to_uint8
 from maskdm.errors import UserError, nearest
 from maskdm.pictures import grid, to_pil
+from maskdm.runs.directory import Weights
 from maskdm.sampling import MaskDMPipeline, make_scheduler, seeded
 
 
@@ -64,6 +65,7 @@ class SampleRequest:
     seed: int = 0
     labels: tuple[str, ...] = ()
     batch: int = 64
+    weights: Weights = "ema"
     ema: float | None = None
     """Length (sigma_rel) of the average made from the snapshots; None: the one that training kept."""
 

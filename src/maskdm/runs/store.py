@@ -134,12 +134,12 @@ def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
 def load_pipeline(path: Path, weights: Weights = "ema", sigma_rel: float | None = None) -> tuple[MaskDMPipeline, str]:
     """The pipeline of a run on this machine's device, and whence its weights.
 
-    They are those of its latest checkpoint, or the best ones, or with `sigma_rel` an average made from its snapshots.
+    They are those of its latest checkpoint or the best ones, or averaged over `sigma_rel` at its last snapshot.
     """
-    if sigma_rel is not None and weights != "ema":
-        raise UserError(f"--ema makes an average of its own, and --weights {weights} asks for other weights; leave one out")
     config = RunDirectory.existing(path).config()
     model, state, origin = load_denoiser(path, weights)
+    if sigma_rel is not None and weights != "ema":
+        raise UserError(f"--weights {weights} and --ema {sigma_rel:g} both given; name one")
     if sigma_rel is not None:
         state, origin = reconstruct_ema(path, sigma_rel)
     model.load_state_dict(state)
