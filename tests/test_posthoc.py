@@ -48,7 +48,7 @@ def of(tracker: PowerAverages, width: float) -> dict[str, Tensor]:
 
 
 def test_lengths_and_exponents() -> None:
-    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.005)  # the paper's two, section 3.1
+    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.005)  # the paper's two, section 3
     assert gamma_of(0.10) == pytest.approx(6.94, abs=0.005)
     assert sigma_rel_of(0.0) == pytest.approx(Ema.longest, abs=1e-3)
     for width in (0.01, 0.03, 0.1, 0.2, 0.28):
