@@ -211,7 +211,9 @@ def test_snapshots_are_read_back_and_averaged(tmp_path: Path) -> None:
 def test_later_ones_are_forgotten_and_another_beginning_is_left_out(tmp_path: Path) -> None:
     stored(tmp_path / "whole")
     stored(tmp_path / "before", began=0)
+    (tmp_path / "whole" / ".step-00000020.safetensors.partial").write_text("as a kill leaves it")
     snapshots.forget_after(tmp_path, 30)
+    assert not list(tmp_path.rglob("*.partial"))
     assert [s.step for s in snapshots.found(tmp_path / "whole").values()] == [20, 30]
     assert [s.step for s in snapshots.found(tmp_path / "before").values()] == [10, 20, 30]
     model = network()
