@@ -151,13 +151,14 @@ def test_two_processes_find_what_one_does(run: Path, tmp_path: Path, monkeypatch
 def test_bad_requests_are_one_line(run: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = map(str, folders)
     (tmp_path / "few").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "few" / "one.png")
+    for number in range(2):
+        Image.new("L", (8, 8), number).save(tmp_path / "few" / f"{number}.png")
     for arguments, message in {
         (): "give either",
         (str(run), "--images", a, "--data", b): "give either",
         ("--images", a): "without --data",
         ("--images", a, "--data", str(tmp_path / "absent")): "absent",
-        ("--images", str(tmp_path / "few"), "--data", b): "at least 10 samples, here 1",
+        ("--images", str(tmp_path / "few"), "--data", b): "at least 10 samples, here 2",
         ("--images", a, "--data", b, "--out", str(tmp_path / "no" / "x.json")): "no folder",
         ("--images", a, "--data", b, "--weights", "best"): "leave it out with --images",
         ("--images", a, "--data", b, "--features", "onxx:file"): "onnx",

@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "maskdm"
 ORDER = (
     "errors", "config", "settings", "masking", "data", "diffusion", "draws", "models", "objective",
-    "engine", "sampling", "evaluation", "pictures", "report_page", "report", "recipes", "tracking", "runs", "cli", "__main__",
+    "engine", "sampling", "evaluation", "pictures", "report", "recipes", "tracking", "runs", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from maskdm.errors import UserError
-from maskdm.report import MAX_FRAMES, write_report
-from maskdm.report_page import duration, number, percent
+from maskdm.report import write_report
+from maskdm.report.page import duration, number, percent
+from maskdm.report.run import MAX_FRAMES
 
 HOSTILE = "<script>alert('x')</script>&\"q'"
 SECTIONS = ["samples", "quality", "neighbours", "stages", "loss", "time", "masks", "data", "choices", "repeat"]

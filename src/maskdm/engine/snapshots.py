@@ -1,6 +1,7 @@
 """Snapshots of a stage's power-function averages: small files on disk, from which an average of any length is made.
 
-A file holds the averages of one moment in fp16 (docs/experiments.md: its rounding shows in no loss), named by the run's step. It is written under another name, synced and renamed.
+A file holds the averages of one moment in fp16 (docs/experiments.md: its rounding shows in no loss), named by the run's step. It is
+written under another name, synced and renamed.
 """
 
 from __future__ import annotations

@@ -92,8 +92,9 @@ class Observer:
                 ends = True
         if (every.sample and step.number % every.sample == 0) or ends:
             self._sample(step)
-        if self._due(step.share) > self._snapshots or (ends and self.config.ema.snapshots):
-            self._snapshot(step)  # before the checkpoint: what that has passed is on disk
+        early = ends and not step.ends_stage and self.config.ema.snapshots > 0
+        if early or self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
+            self._snapshot(step)
         if step.number % every.save == 0 or ends:
             self.save(step, ends)
 

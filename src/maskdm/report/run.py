@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from maskdm import report_page as page
 from maskdm.errors import UserError
-from maskdm.report_page import Json, amount, as_list, as_object, count, finite, number, percent, text, word
+from maskdm.report import charts, page
+from maskdm.report.page import Json, amount, as_list, as_object, count, finite, number, percent, text, word
 
 MAX_FRAMES = 24  # grids over time inside the page; more would make it heavy
 
@@ -299,10 +299,10 @@ def _colors(run: _Run) -> dict[str, int]:
 def _curves(run: _Run) -> str:
     unit, name = page.clock(max((amount(record, "seconds") for record in run.events), default=0.0))
     colors, train, marks = _colors(run), run.named("train"), page.stage_starts(run.events, unit)
-    series: list[page.Series] = []
+    series: list[charts.Series] = []
     for stage, color in colors.items():
         raw = page.points([record for record in train if str(record.get("stage")) == stage], "seconds", "loss", unit)
-        series.append(page.Series(stage, page.smooth(raw), color, faint=raw[:: math.ceil(len(raw) / 800) or 1]))
+        series.append(charts.Series(stage, charts.smooth(raw), color, faint=raw[:: math.ceil(len(raw) / 800) or 1]))
     note = "Faint: single records; strong: their means."
     if any(map(_is_masked, run.stages)):
         note += " A masked and a whole-image training loss measure different tasks and cannot be compared; the held-out loss can."
@@ -311,23 +311,23 @@ def _curves(run: _Run) -> str:
         note += f" {lost} of {len(train)} records hold no finite loss: the training diverged there."
     x_label = f"training time, {name}"
     line = page.points(run.named("heldout"), "seconds", "loss", unit)
-    measured = [page.Series("held-out images, EMA weights", line, 1, dots=True)]
+    measured = [charts.Series("held-out images, EMA weights", line, 1, dots=True)]
     told = "Whole images that were never trained on, in one target (the noise) for every stage: lower is better."
-    drawn = page.chart("Training loss", x_label, "loss", series, marks, note)
-    drawn += page.chart("Held-out loss", x_label, "noise loss", measured, marks, told) + _levels_chart(run)
+    drawn = charts.chart("Training loss", x_label, "loss", series, marks, note)
+    drawn += charts.chart("Held-out loss", x_label, "noise loss", measured, marks, told) + _levels_chart(run)
     return f'<div class="charts">{drawn}</div>' if drawn else '<p class="soft">Nothing has been measured yet.</p>'
 
 
 def _levels_chart(run: _Run) -> str:
     records = [record for record in run.named("heldout") if record.get("levels")]
     chosen = dict.fromkeys((0, (len(records) - 1) // 2, len(records) - 1)) if records else {}
-    series: list[page.Series] = []
+    series: list[charts.Series] = []
     for place, index in enumerate(chosen, start=1):
         line = page.points(page.as_objects(records[index].get("levels")), "t", "loss")
         label = f"after {page.duration(amount(records[index], 'seconds'))}"
-        series.append(page.Series(label, line, 1, strength=place / len(chosen), dots=True))
+        series.append(charts.Series(label, line, 1, strength=place / len(chosen), dots=True))
     note = "0 is a clean image, 1000 pure noise. Left: fine detail; right: the layout of the whole."
-    return page.chart("Held-out loss by noise level", "noise level t", "noise loss", series, note=note)
+    return charts.chart("Held-out loss by noise level", "noise level t", "noise loss", series, note=note)
 
 
 def _frames(run: _Run) -> str:

@@ -1,0 +1,64 @@
+"""One run, described: a tree of frozen dataclasses, each field with its meaning beside its type.
+
+Nothing here imports torch, so that the command line stays quick. `settings.py` reads and writes the tree.
+Values of a closed union (a mask, a model, ...) are their own configuration; the modules that use them match on the type.
+"""
+
+from __future__ import annotations
+
+from maskdm.config.masks import BlockMask, CropMask, Mask, NoMask, PatchMask
+from maskdm.config.network import (
+    Data,
+    Diffusion,
+    DiTConfig,
+    LogitNormalTimesteps,
+    MinSNRWeight,
+    Model,
+    UniformTimesteps,
+    UniformWeight,
+    UViTConfig,
+)
+from maskdm.config.run import SHORTHANDS, Config
+from maskdm.config.training import (
+    SCHEDULERS,
+    Budget,
+    Ema,
+    Evaluation,
+    Hardware,
+    Intervals,
+    Optimizer,
+    Sampling,
+    SchedulerName,
+    Stage,
+    TrackerName,
+)
+
+__all__ = [
+    "SCHEDULERS",
+    "SHORTHANDS",
+    "BlockMask",
+    "Budget",
+    "Config",
+    "CropMask",
+    "Data",
+    "DiTConfig",
+    "Diffusion",
+    "Ema",
+    "Evaluation",
+    "Hardware",
+    "Intervals",
+    "LogitNormalTimesteps",
+    "Mask",
+    "MinSNRWeight",
+    "Model",
+    "NoMask",
+    "Optimizer",
+    "PatchMask",
+    "Sampling",
+    "SchedulerName",
+    "Stage",
+    "TrackerName",
+    "UViTConfig",
+    "UniformTimesteps",
+    "UniformWeight",
+]

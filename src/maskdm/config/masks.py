@@ -1,0 +1,53 @@
+"""Which patches of each image the network sees (arXiv 2306.11363, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from maskdm.config.check import require
+
+
+@dataclass(frozen=True)
+class NoMask:
+    """Whole images: ordinary denoising score matching."""
+
+    kind: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class PatchMask:
+    """Hide int(ratio * N) of the N patches at random."""
+
+    kind: ClassVar[str] = "patch"
+    ratio: Annotated[float, "share of the patches hidden, from 0 to below 1"] = 0.5
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; give a share from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """Cut the grid into aligned size x size blocks of patches and hide int(ratio * N) // size^2 of the blocks."""
+
+    kind: ClassVar[str] = "block"
+    ratio: Annotated[float, "nominal share of the patches hidden, from 0 to below 1"] = 0.9
+    size: Annotated[int, "side of a block, in patches; must divide the grid"] = 4
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; give a share from 0 to below 1")
+        require(self.size >= 1, f"mask.size is {self.size}; a block is at least 1 patch wide")
+
+
+@dataclass(frozen=True)
+class CropMask:
+    """Keep one window of size x size patches at a uniform place."""
+
+    kind: ClassVar[str] = "crop"
+    size: Annotated[int, "side of the kept window, in patches"] = 11
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1, f"mask.size is {self.size}; a window is at least 1 patch wide")
+
+
+Mask = NoMask | PatchMask | BlockMask | CropMask

@@ -1,0 +1,137 @@
+"""What is learned: the images, the network, and how images are noised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from maskdm.config.check import require
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the images come from and how each becomes an array of height x width x channels."""
+
+    source: Annotated[str, "folder, parquet file, data set folder, .npz/.npy array, or a built-in name (digits, emoji)"]
+    image_size: Annotated[tuple[int, int], "height and width in pixels: 64, or 64x96"]
+    channels: Annotated[Literal[1, 3], "1 for gray, 3 for RGB"] = 3
+    conditional: Annotated[bool, "learn the classes, where the data has them"] = False
+    fit: Annotated[Literal["crop", "pad", "stretch"], "how an image of another shape is fitted: centre crop, pad, or stretch"] = "crop"
+    background: Annotated[str, "colour laid under transparent images and around padded ones, as #rrggbb"] = "#ffffff"
+    flip: Annotated[float, "probability that a training image is mirrored left to right"] = 0.0
+    heldout: Annotated[float, "share of the images never trained on, kept for evaluation (5 000 at most)"] = 0.05
+    max_broken: Annotated[float, "share of unreadable files that is skipped; above it the run is refused"] = 0.05
+
+    def __post_init__(self) -> None:
+        height, width = self.image_size
+        require(min(height, width) >= 4, f"data.image_size is {height}x{width}; the least is 4 pixels a side")
+        require(max(height, width) <= 4096, f"data.image_size is {height}x{width}; the most is 4096 pixels a side")
+        require(0 <= self.flip <= 1, f"data.flip is {self.flip}; give a probability from 0 to 1")
+        require(0 <= self.heldout <= 0.5, f"data.heldout is {self.heldout}; give a share from 0 to 0.5")
+        require(0 <= self.max_broken <= 1, f"data.max_broken is {self.max_broken}; give a share from 0 to 1")
+        digits = self.background.removeprefix("#")
+        good = len(digits) == 6 and all(c in "0123456789abcdefABCDEF" for c in digits)
+        require(good, f"data.background is '{self.background}'; write a colour as #rrggbb, such as #ffffff")
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def _check_transformer(width: int, depth: int, heads: int, patch: int, mlp_ratio: float) -> None:
+    require(min(width, depth, heads, patch) >= 1, "model.width, depth, heads and patch must be at least 1")
+    require(mlp_ratio > 0, f"model.mlp_ratio is {mlp_ratio}; it must be above 0")
+    require(width % heads == 0, f"model.width {width} is not a multiple of model.heads {heads}")
+
+
+@dataclass(frozen=True)
+class UViTConfig:
+    """The paper's network: a ViT with long skip connections, every condition a token (arXiv 2209.12152)."""
+
+    kind: ClassVar[str] = "uvit"
+    width: Annotated[int, "features per token"] = 512
+    depth: Annotated[int, "depth setting; 2 * (depth // 2) + 1 blocks are built"] = 13
+    heads: Annotated[int, "attention heads; must divide the width"] = 8
+    patch: Annotated[int, "side of a patch in pixels; must divide the image"] = 4
+    mlp_ratio: Annotated[float, "hidden width of the MLP over the width"] = 4.0
+    qkv_bias: Annotated[bool, "a bias on the query, key and value projections"] = False
+
+    def __post_init__(self) -> None:
+        _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio)
+        require(self.width % 2 == 0, f"model.width {self.width} must be even, for the sinusoidal time token")
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """A modern transformer: adaLN-zero, RMSNorm, 2-D rotary positions, QK-norm, SwiGLU (arXiv 2212.09748 and later)."""
+
+    kind: ClassVar[str] = "dit"
+    width: Annotated[int, "features per token"] = 384
+    depth: Annotated[int, "number of blocks"] = 12
+    heads: Annotated[int, "attention heads; the width per head must be a multiple of 4"] = 6
+    patch: Annotated[int, "side of a patch in pixels; must divide the image"] = 4
+    mlp_ratio: Annotated[float, "hidden width of a GELU MLP with the parameters that the SwiGLU one has"] = 4.0
+
+    def __post_init__(self) -> None:
+        _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio)
+        per_head = self.width // self.heads
+        require(per_head % 4 == 0, f"model.width {self.width} over model.heads {self.heads} is {per_head}; make it a multiple of 4")
+
+
+Model = UViTConfig | DiTConfig
+
+
+# --- diffusion ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UniformWeight:
+    """Every noise level counts the same."""
+
+    kind: ClassVar[str] = "uniform"
+
+
+@dataclass(frozen=True)
+class MinSNRWeight:
+    """min(SNR, gamma), in terms of x0, translated to the target in use (arXiv 2303.09556)."""
+
+    kind: ClassVar[str] = "min-snr"
+    gamma: Annotated[float, "largest signal-to-noise ratio that counts"] = 5.0
+
+    def __post_init__(self) -> None:
+        require(self.gamma > 0, f"diffusion.weight.gamma is {self.gamma}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class UniformTimesteps:
+    """Timesteps uniform over the schedule."""
+
+    kind: ClassVar[str] = "uniform"
+
+
+@dataclass(frozen=True)
+class LogitNormalTimesteps:
+    """t / 1000 = sigmoid(mean + std * normal): the middle noise levels more often (arXiv 2403.03206)."""
+
+    kind: ClassVar[str] = "logit-normal"
+    mean: Annotated[float, "centre, before the sigmoid; above 0 favours high noise"] = 0.0
+    std: Annotated[float, "spread, before the sigmoid"] = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.std > 0, f"diffusion.timesteps.std is {self.std}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """How images are noised and what the network is asked for."""
+
+    schedule: Annotated[Literal["linear", "cosine", "vp", "flow"], "noise: DDPM's linear, cosine, the VP-SDE, or rectified flow"] = "cosine"
+    target: Annotated[Literal["eps", "x0", "v"], "what the network predicts: the noise, the image, or the velocity"] = "eps"
+    weight: Annotated[UniformWeight | MinSNRWeight, "weight of a noise level in the loss: uniform or min-snr"] = UniformWeight()
+    timesteps: Annotated[UniformTimesteps | LogitNormalTimesteps, "how timesteps are drawn: uniform or logit-normal"] = UniformTimesteps()
+    stratified: Annotated[bool, "spread the timesteps of a batch evenly over their distribution"] = False
+    label_drop: Annotated[float, "share of the labels replaced by the null class in training, which guidance needs"] = 0.1
+
+    def __post_init__(self) -> None:
+        blind = self.schedule == "flow" and self.target == "eps"  # at full noise x_t is the noise, and its image unknowable
+        require(not blind, "diffusion.target eps does not go with schedule flow; use v or x0")
+        require(0 <= self.label_drop <= 1, f"diffusion.label_drop is {self.label_drop}; give a share from 0 to 1")

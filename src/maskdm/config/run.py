@@ -1,0 +1,96 @@
+"""The whole of a run, and the short names of its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from maskdm.config.check import require
+from maskdm.config.masks import BlockMask, CropMask, Mask, NoMask, PatchMask
+from maskdm.config.network import (
+    Data,
+    Diffusion,
+    DiTConfig,
+    LogitNormalTimesteps,
+    MinSNRWeight,
+    Model,
+    UniformTimesteps,
+    UniformWeight,
+    UViTConfig,
+)
+from maskdm.config.training import Ema, Evaluation, Hardware, Intervals, Optimizer, Sampling, Stage, TrackerName
+from maskdm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    data: Annotated[Data, "the images"]
+    model: Annotated[Model, "the network: uvit or dit, or one of uvit-s, uvit-b, uvit-l"]
+    stages: Annotated[tuple[Stage, ...], "the stages, in order"]
+    diffusion: Annotated[Diffusion, "noise and target"] = field(default_factory=Diffusion)
+    optimizer: Annotated[Optimizer, "AdamW"] = field(default_factory=Optimizer)
+    ema: Annotated[Ema, "average of the weights"] = field(default_factory=Ema)
+    hardware: Annotated[Hardware, "device and precision"] = field(default_factory=Hardware)
+    intervals: Annotated[Intervals, "how often what happens"] = field(default_factory=Intervals)
+    evaluation: Annotated[Evaluation, "what is measured during training"] = field(default_factory=Evaluation)
+    sampling: Annotated[Sampling, "how samples are drawn"] = field(default_factory=Sampling)
+    seed: Annotated[int, "seed of every random draw"] = 0
+    init: Annotated[str | None, "run whose weights to start from"] = None
+    tracking: Annotated[tuple[TrackerName, ...], "where figures also go: tensorboard, wandb, trackio, or none"] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        require(len(self.stages) > 0, "stages is empty; a run needs at least one stage")
+        names = [stage.name for stage in self.stages]
+        require(len(set(names)) == len(names), f"stages: the name '{max(names, key=names.count)}' is used twice")
+        require(len(set(self.tracking)) == len(self.tracking), "tracking names one tracker twice")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}; give a number from 0 to 2^63 - 1")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        height, width = self.data.image_size
+        return height // self.model.patch, width // self.model.patch
+
+    def check(self) -> None:
+        """What no part can check alone: that patches divide the image and masks the grid. Raises UserError."""
+        height, width = self.data.image_size
+        patch = self.model.patch
+        if height % patch or width % patch:
+            size = f"{height}x{width}" if height != width else f"{height}"
+            near = [max(patch, round(side / patch) * patch) for side in (height, width)]
+            fitting = f"{near[0]}x{near[1]}" if near[0] != near[1] else f"{near[0]}"
+            raise UserError(f"image_size {size} is not a multiple of patch {patch}; use --image-size {fitting} or another --patch")
+        down, across = self.grid
+        for stage in self.stages:
+            match stage.mask:
+                case BlockMask(size=size) if down % size or across % size:
+                    raise UserError(f"stages.{stage.name}.mask.size {size} does not divide the grid of {down} x {across} patches")
+                case CropMask(size=size) if size > min(down, across):
+                    raise UserError(f"stages.{stage.name}.mask.size {size} is larger than the grid of {down} x {across} patches")
+                case BlockMask(ratio=ratio, size=size) if int(ratio * down * across) < size**2:
+                    raise UserError(f"stages.{stage.name}.mask hides nothing: {ratio:.0%} of {down} x {across} patches is no whole block")
+                case PatchMask(ratio=ratio) if int(ratio * down * across) < 1:
+                    raise UserError(f"stages.{stage.name}.mask hides nothing: {ratio:.0%} of {down} x {across} patches is no whole patch")
+                case CropMask(size=size) if size == down == across:
+                    raise UserError(f"stages.{stage.name}.mask hides nothing: its window is the whole grid of {down} x {across} patches")
+                case _:
+                    pass
+
+
+SHORTHANDS: dict[str, Mask | Model | UniformWeight | MinSNRWeight | UniformTimesteps | LogitNormalTimesteps] = {
+    "none": NoMask(),
+    "patch": PatchMask(),
+    "block": BlockMask(),
+    "crop": CropMask(),
+    "uvit": UViTConfig(),
+    "uvit-s": UViTConfig(width=512, depth=13, heads=8),
+    "uvit-b": UViTConfig(width=768, depth=12, heads=12),
+    "uvit-l": UViTConfig(width=1024, depth=16, heads=16, qkv_bias=True),
+    "dit": DiTConfig(),
+    "uniform": UniformWeight(),
+    "min-snr": MinSNRWeight(),
+    "logit-normal": LogitNormalTimesteps(),
+}
+"""Names that stand for a whole value where a union is expected."""

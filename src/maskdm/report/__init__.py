@@ -1,0 +1,7 @@
+"""Run directories as self-contained HTML pages, from their files only."""
+
+from __future__ import annotations
+
+from maskdm.report.run import write_report
+
+__all__ = ["write_report"]
