@@ -26,7 +26,7 @@ from maskdm.config import Budget, Config, Ema, Hardware, NoMask
 from maskdm.data import Dataset, Loader, open_source, prepare
 from maskdm.engine import PowerAverages, Trainer, autocast, environment, this_machine
 from maskdm.engine.posthoc import Profile, fit, gamma_of, reconstruct
-from maskdm.evaluation.denoising import heldout_loss
+from maskdm.evaluation import denoising_loss
 from maskdm.models import build
 from maskdm.recipes import recipe
 
@@ -104,7 +104,7 @@ def accuracy(config: Config, dataset: Dataset, steps: int, decay: Literal["const
         model = build(config.model, config.data, 10).eval()
         model.load_state_dict(state)
         with autocast(trainer.device, trainer.precision):
-            return heldout_loss(model, config.diffusion, images, labels).loss
+            return denoising_loss(model, config.diffusion, images, labels).loss
 
     trained, averaged = loss(dict(trainer.model.state_dict())), loss(dict(trainer.average.model.state_dict()))
     print(f"held-out loss: weights as trained {trained:.5f}, EMA {averaged:.5f}")

@@ -48,7 +48,7 @@ def of(tracker: PowerAverages, width: float) -> dict[str, Tensor]:
 
 
 def test_lengths_and_exponents() -> None:
-    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.005)  # the paper's two, section 3.1
+    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.005)  # the paper's two, section 3
     assert gamma_of(0.10) == pytest.approx(6.94, abs=0.005)
     assert sigma_rel_of(0.0) == pytest.approx(Ema.longest, abs=1e-3)
     for width in (0.01, 0.03, 0.1, 0.2, 0.28):
@@ -211,7 +211,9 @@ def test_snapshots_are_read_back_and_averaged(tmp_path: Path) -> None:
 def test_later_ones_are_forgotten_and_another_beginning_is_left_out(tmp_path: Path) -> None:
     stored(tmp_path / "whole")
     stored(tmp_path / "before", began=0)
+    (tmp_path / "whole" / ".step-00000020.safetensors.partial").write_text("as a kill leaves it")
     snapshots.forget_after(tmp_path, 30)
+    assert not list(tmp_path.rglob("*.partial"))
     assert [s.step for s in snapshots.found(tmp_path / "whole").values()] == [20, 30]
     assert [s.step for s in snapshots.found(tmp_path / "before").values()] == [10, 20, 30]
     model = network()

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def test_steps_that_are_done_again_are_purged(tmp_path: Path) -> None:
         for step in range(start + 1, 5):
             trackers.scalars({"loss": value}, step)
         trackers.close()
+        time.sleep(1.1)  # event files are read in the order of the second in their names
     assert [(e.step, e.value) for e in events(tmp_path).Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 

@@ -63,7 +63,7 @@ class Average:
 
 
 class PowerAverages:
-    """Power-function averages of a model's parameters, in fp32, for `posthoc` (arXiv 2312.02696, eq. 4 and 8). None: no cost.
+    """Power-function averages of a model's parameters, in fp32, for `posthoc` (arXiv 2312.02696, section 3). Of no length: no cost.
 
     `time` counts the updates since the averages began, as the profiles do; a step that fp16 skipped is no update. `began` is
     the run's step at which they did.

@@ -1,7 +1,7 @@
 """Snapshots of a stage's power-function averages: small files on disk, from which an average of any length is made.
 
-A file holds the averages of one moment in fp16 (docs/experiments.md: rounding is far below the error of the fit), named by the
-run's step. It is written under another name, synced and renamed.
+A file holds the averages of one moment in fp16 (docs/experiments.md: its rounding shows in no loss), named by the run's step. It is
+written under another name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def found(folder: Path) -> dict[Path, Snapshot]:
 
 
 def forget_after(root: Path, step: int) -> None:
-    """Delete the snapshots of steps after `step`, in the folders of all stages: a resumed run does those steps again."""
+    """Delete the snapshots of steps after `step`, in the folders of all stages, which a resumed run does again; and cut ones."""
+    for path in root.glob("*/.step-*.partial"):
+        path.unlink()
     for path in root.glob("*/step-*.safetensors"):
         if _step(path) > step:
             path.unlink()

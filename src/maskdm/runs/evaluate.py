@@ -37,7 +37,7 @@ from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
 from maskdm.runs.resolve import parse_size
 from maskdm.runs.sample import SampleRequest, choose_labels, draw_images, sampling_settings
-from maskdm.runs.sets import LEAST_HELDOUT, image_set, sets_of
+from maskdm.runs.sets import LEAST_HELDOUT, dataset_of, image_set, sets_of
 from maskdm.runs.store import cache_directory, load_pipeline, state_hash
 from maskdm.sampling import MaskDMPipeline, make_scheduler
 
@@ -84,7 +84,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     if sampled.num < 10:
         raise UserError(f"--num is {sampled.num}; an evaluation needs at least 10 samples")
     pipeline, origin = load_pipeline(sampled.run, sampled.weights, sampled.ema)
-    dataset = _dataset_of(run, config, request.data, display)
+    dataset = dataset_of(run, config, request.data, display)
     training, heldout = sets_of(config, dataset)
     machine = this_machine(Hardware())
     settings = sampling_settings(config, sampled)
@@ -123,19 +123,6 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
         write_text(request.out, json.dumps(metrics, indent=1))
     write_report(run.path)
     return "\n".join([*summary(metrics), f"metrics: {run.metrics_file}", f"report:  {run.path / 'report.html'}"])
-
-
-def _dataset_of(run: RunDirectory, config: Config, data: str | None, display: Display) -> Dataset:
-    source = open_source(data or config.data.source)
-    with display.counting("decoding images") as progress:
-        dataset = prepare(source, config.data, cache_directory(), progress)
-    known = run.info()["data"]
-    same_classes = not known["classes"] or list(dataset.class_names) == known["classes"]
-    if dataset.content_hash != known["content_hash"] or not same_classes:
-        raise UserError(
-            f"{source.name} is not the data that {run.path} was trained on, or has changed since; its held-out images are unknown"
-        )
-    return dataset
 
 
 def _draw(

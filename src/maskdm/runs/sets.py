@@ -1,15 +1,35 @@
-"""A data set's rows as the sets of images that an evaluation takes."""
+"""A run's data set, and its rows as the sets of images that an evaluation takes."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from maskdm.config import Config
-from maskdm.data import Dataset
+from maskdm.data import Dataset, open_source, prepare
+from maskdm.errors import UserError
 from maskdm.evaluation import ImageSet, digest
+from maskdm.runs.directory import RunDirectory
+from maskdm.runs.display import Display
+from maskdm.runs.store import cache_directory
 
 LEAST_HELDOUT = 10
+
+
+def dataset_of(run: RunDirectory, config: Config, data: str | None, display: Display) -> Dataset:
+    """The data that a run was trained on, found at `data` where it has moved. Raises UserError where it is other data."""
+    source = open_source(data or config.data.source)
+    with display.counting("decoding images") as progress:
+        dataset = prepare(source, config.data, cache_directory(), progress)
+    known = run.info()["data"]
+    same_classes = not known["classes"] or list(dataset.class_names) == known["classes"]
+    if dataset.content_hash != known["content_hash"] or not same_classes:
+        raise UserError(
+            f"{source.name} is not the data that {run.path} was trained on, or has changed since; its held-out images are unknown"
+        )
+    return dataset
 
 
 def sets_of(config: Config, dataset: Dataset) -> tuple[ImageSet, ImageSet | None]:
@@ -24,3 +44,12 @@ def image_set(dataset: Dataset, rows: NDArray[np.int64], labelled: bool = True) 
     known = labelled and dataset.labels is not None and bool((dataset.labels >= 0).all())
     labels = dataset.labels[rows] if known and dataset.labels is not None else None
     return ImageSet(dataset.images, rows, digest(dataset.content_hash, rows), labels, dataset.name_of)
+
+
+def images_and_labels(config: Config, dataset: Dataset, rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Some rows for a network of the run: uint8 [n, channels, height, width], and classes [n], the null class where there is none."""
+    images = torch.from_numpy(np.ascontiguousarray(dataset.images[rows].transpose(0, 3, 1, 2))).to(device)
+    if not config.data.conditional or dataset.labels is None:
+        return images, None
+    labels = torch.from_numpy(dataset.labels[rows])
+    return images, torch.where(labels < 0, len(dataset.class_names), labels).to(device)

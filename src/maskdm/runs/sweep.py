@@ -12,23 +12,31 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import maskdm
 from maskdm.config import Config, Hardware
-from maskdm.data import Dataset, open_source, prepare
-from maskdm.engine import Ranks, autocast, checkpoint, snapshots, this_machine
+from maskdm.data import Dataset
+from maskdm.engine import Machine, Ranks, autocast, checkpoint, snapshots, this_machine
 from maskdm.engine.posthoc import gamma_of
 from maskdm.errors import UserError
-from maskdm.evaluation import Extractor, denoising_loss, kernel_distance
+from maskdm.evaluation import Estimate, Extractor, denoising_loss, kernel_distance
+from maskdm.evaluation.intervals import bootstrap_mean
 from maskdm.models import Denoiser, build
 from maskdm.runs.directory import RunDirectory, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
-from maskdm.runs.sample import draw_images
-from maskdm.runs.sets import sets_of
+from maskdm.runs.sample import choose_labels, draw_images
+from maskdm.runs.sets import dataset_of, images_and_labels, sets_of
 from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, make_pipeline, save_pipeline, stage_snapshots
 
 MeasureName = Literal["heldout-loss", "kernel-distance"]
+
+AT_ONCE = 1024
+"""Held-out images on the device at a time."""
+
+SAMPLES, REFERENCE = 500, 5000
+"""Samples drawn for a kernel distance unless told otherwise, and training images they are compared with, at most."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,10 @@ class SweepRequest:
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure, smaller is better. parts: it for the same disjoint parts of the data each time, so that two can be paired."""
+    """A figure, smaller is better. parts: its terms, of the same images each time, so that two models can be paired; or None."""
 
-    value: float
-    interval: tuple[float, float] | None = None
-    parts: tuple[float, ...] = ()
+    estimate: Estimate
+    parts: NDArray[np.float64] | None = None
 
 
 Measure = Callable[[Denoiser], Measured]
@@ -76,24 +83,22 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
     stage, stored = stage_snapshots(request.run, request.stage)
     for length in request.sigma_rel:  # refuses one that cannot be before anything is measured
         gamma_of(length)
-    model, ordinary, origin = _ordinary(run, config, stage)
-    measure, about = _measure(request, config, info, display)
-    lines, points = [_HEAD], list[dict[str, Any]]()
-    best_weights: dict[str, torch.Tensor] = {}
+    machine = this_machine(Hardware())
+    torch.set_num_threads(machine.cores)
+    model = build(config.model, config.data, len(class_names(run.path))).eval()
+    model.to(device=machine.device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
+    origin, ordinary = _ordinary(run, stage)
+    dataset = dataset_of(run, config, None, display)
+    measure, about = _measure(request, config, dataset, machine, display)
+    points: list[dict[str, Any]] = []
     with display.counting("measuring averages") as progress:
         model.load_state_dict(ordinary)
         kept = measure(model)
-        progress(1, len(request.sigma_rel) + 1)
         for number, length in enumerate(request.sigma_rel):
+            progress(number + 1, len(request.sigma_rel) + 1)
             weights, fit = snapshots.average(stored, length)
             model.load_state_dict(weights)
-            found = measure(model)
-            point = {"sigma_rel": length, "value": found.value, "interval": found.interval, "misfit": fit.misfit}
-            points.append(point | _against(found, kept))
-            lines.append(_line(f"{length:g}", points[-1]))
-            if found.value <= min(each["value"] for each in points):
-                best_weights = weights
-            progress(number + 2, len(request.sigma_rel) + 1)
+            points.append({"sigma_rel": length, **_against(measure(model), kept), "misfit": fit.misfit})
     best = min(points, key=lambda each: each["value"])
     last = max(stored.values(), key=lambda each: each.step)
     result: dict[str, Any] = {
@@ -101,143 +106,118 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
         "points": points,
         "measure": request.measure,
         "best": best["sigma_rel"],
-        "ordinary": {"value": kept.value, "interval": kept.interval, "checkpoint": origin},
+        "ordinary": {"value": kept.estimate.value, "interval": list(kept.estimate[1:]), "checkpoint": origin},
         "beats_ordinary": _beats(best),
         "stage": stage,
         "step": last.step,
         "time": last.time,
         "snapshots": [asdict(each) for each in stored.values()],
-        "provenance": {"maskdm": maskdm.__version__, "data": info["data"]["name"], "data_hash": info["data"]["content_hash"], **about},
+        "provenance": {"maskdm": maskdm.__version__, "data": info["data"]["name"], "data_hash": dataset.content_hash, **about},
     }
     write_text(run.sweep_file, json.dumps(result, indent=1))
-    lines += [_line("as trained", {"value": kept.value, "interval": kept.interval}), _verdict(best), f"written to {run.sweep_file}"]
+    lines = [_HEAD, *(_line(f"{each['sigma_rel']:g}", each) for each in points), _line("as trained", result["ordinary"])]
+    lines += [_verdict(best), f"written to {run.sweep_file}"]
     if request.save:
-        model.load_state_dict(best_weights)
+        model.load_state_dict(snapshots.average(stored, best["sigma_rel"])[0])
         folder = run.path / f"model-ema-{best['sigma_rel']:g}"
         save_pipeline(make_pipeline(model, config, class_names(run.path)), folder)
         lines.append(f"model written to {folder}")
     return "\n".join(lines)
 
 
-def _ordinary(run: RunDirectory, config: Config, stage: str) -> tuple[Denoiser, dict[str, torch.Tensor], str]:
-    """The network on this machine, and the average that training kept: at the end of the stage, or the newest there is."""
-    names = checkpoint.names(run.checkpoints)
+def _ordinary(run: RunDirectory, stage: str) -> tuple[str, dict[str, Tensor]]:
+    """The average that training kept: at the end of the stage, or the newest there is."""
     latest = latest_checkpoint(run)
     if latest is None:
         raise UserError(f"{run.path} has no checkpoint yet; train it first")
-    path = next((run.checkpoints / name for name in names if name.endswith(f"-{stage}")), latest)
-    machine = this_machine(Hardware())
-    torch.set_num_threads(machine.cores)
-    model = build(config.model, config.data, len(class_names(run.path)))
-    model.to(device=machine.device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
-    return model.eval(), checkpoint.load(path).tensors["average"], str(path)
+    ends = [name for name in checkpoint.names(run.checkpoints) if name.partition("-")[2].partition("-")[2] == stage]
+    path = run.checkpoints / ends[-1] if ends else latest
+    return str(path), checkpoint.load(path).tensors["average"]
 
 
 # --- what is measured ---
 
 
-def _measure(request: SweepRequest, config: Config, info: dict[str, Any], display: Display) -> tuple[Measure, dict[str, Any]]:
-    """The measure asked for, and what its figures rest on."""
-    dataset = _dataset(request.run, config, info, display)
+def _measure(request: SweepRequest, config: Config, dataset: Dataset, machine: Machine, display: Display) -> tuple[Measure, dict[str, Any]]:
+    """The measure asked for, and what its figures rest on. Raises UserError where there are too few images."""
     match request.measure:
         case "heldout-loss":
             _, rows = dataset.split(config.data.heldout, config.seed)
-            rows = (
-                rows
-                if request.num is None
-                else rows[np.unique(np.linspace(0, len(rows) - 1, min(request.num, len(rows))).astype(np.int64))]
-            )
+            if request.num is not None:
+                rows = rows[np.unique(np.linspace(0, len(rows) - 1, max(0, min(request.num, len(rows)))).astype(np.int64))]
             if len(rows) < 2:
                 raise UserError(f"{len(rows)} held-out images are too few to measure; train with a larger --heldout, or leave --num out")
-            return heldout_measure(config, dataset, rows), {"num_images": len(rows), "precision": this_machine(Hardware()).precision}
+            return heldout_measure(config, dataset, rows, machine), {"num_images": len(rows), "precision": machine.precision}
         case "kernel-distance":
-            num = 500 if request.num is None else request.num
-            if num < 10:
-                raise UserError(f"--num is {num}; a kernel distance needs at least 10 samples")
-            measure, name = kernel_measure(config, dataset, num, display)
-            return measure, {"num_samples": num, "features": name, "sampler": config.sampling.scheduler, "steps": config.sampling.steps}
+            return _kernel_measure(SAMPLES if request.num is None else request.num, config, dataset, machine, display)
 
 
-def _dataset(path: Path, config: Config, info: dict[str, Any], display: Display) -> Dataset:
-    source = open_source(config.data.source)
-    with display.counting("decoding images") as progress:
-        dataset = prepare(source, config.data, cache_directory(), progress)
-    if dataset.content_hash != info["data"]["content_hash"]:
-        raise UserError(f"{source.name} is not the data that {path} was trained on, or has changed since; its held-out images are unknown")
-    return dataset
-
-
-def heldout_measure(config: Config, dataset: Dataset, rows: NDArray[np.int64]) -> Measure:
-    """The noise loss of whole images, with an interval from its scatter over them. Needs two images."""
-    machine = this_machine(Hardware())
-    images = torch.from_numpy(np.ascontiguousarray(dataset.images[rows].transpose(0, 3, 1, 2))).to(machine.device)
+def heldout_measure(config: Config, dataset: Dataset, rows: NDArray[np.int64], machine: Machine) -> Measure:
+    """The noise loss of whole images, at least two."""
 
     def measure(model: Denoiser) -> Measured:
-        labels = None
-        if config.data.conditional and dataset.labels is not None:
-            labels = torch.from_numpy(dataset.labels[rows])
-            labels = torch.where(labels < 0, model.num_classes, labels).to(machine.device)
-        with autocast(machine.device, machine.precision):
-            parts = denoising_loss(model, config.diffusion, images, labels).errors.mean(dim=1).tolist()
-        value = float(np.mean(parts))
-        return Measured(value, _interval(value, parts), tuple(parts))
+        errors: list[NDArray[np.float64]] = []
+        for start in range(0, len(rows), AT_ONCE):
+            images, labels = images_and_labels(config, dataset, rows[start : start + AT_ONCE], machine.device)
+            with autocast(machine.device, machine.precision):
+                errors.append(denoising_loss(model, config.diffusion, images, labels).errors.mean(dim=1).numpy())
+        parts = np.concatenate(errors)
+        return Measured(bootstrap_mean(parts), parts)
 
     return measure
 
 
-def kernel_measure(config: Config, dataset: Dataset, num: int, display: Display) -> tuple[Measure, str]:
-    """The kernel distance of `num` samples, of the same noise each time, to the training images; and the network's name."""
-    machine = this_machine(Hardware())
+def _kernel_measure(num: int, config: Config, dataset: Dataset, machine: Machine, display: Display) -> tuple[Measure, dict[str, Any]]:
+    """The distance of samples to training images, drawn from the same noise each time."""
+    if num < 10:
+        raise UserError(f"--num is {num}; a kernel distance needs at least 10 samples")
     training, heldout = sets_of(config, dataset)
     network = choose_network(config.evaluation.features, training, heldout, 0, machine.device, Ranks(), display)
-    real = Extractor(network, cache_directory() / "features", Ranks()).features(training)
-    classes = list(dataset.class_names) if config.data.conditional else []
+    real = Extractor(network, cache_directory() / "features", Ranks()).features(training.part(training.places(REFERENCE)))
+    names = list(dataset.class_names) if config.data.conditional else []
 
     def measure(model: Denoiser) -> Measured:
-        labels = [i % len(classes) for i in range(num)] if classes else None
-        drawn = draw_images(make_pipeline(model, config, classes), config.sampling, range(num), labels, config.seed)
-        found = kernel_distance(network.features(drawn), real).estimate
-        return Measured(found.value, (found.low, found.high))
+        pipeline = make_pipeline(model, config, names)
+        drawn = draw_images(pipeline, config.sampling, range(num), choose_labels(names, (), num), config.seed)
+        return Measured(kernel_distance(network.features(torch.from_numpy(drawn)), real).estimate)
 
-    return measure, network.name
+    about = {"num_samples": num, "num_reference": len(real), "features": network.name, "sampling": asdict(config.sampling)}
+    return measure, {**about, "seed": config.seed}
 
 
-def _interval(value: float, parts: list[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean over parts (Student's t)."""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(parts) - 1)) * float(np.std(parts, ddof=1)) / len(parts) ** 0.5
-    return value - half, value + half
+def _against(found: Measured, kept: Measured) -> dict[str, Any]:
+    """The figure, and its difference to the average that training kept, on the same images."""
+    plain = {"value": found.estimate.value, "interval": list(found.estimate[1:]), "difference": found.estimate.value - kept.estimate.value}
+    if found.parts is None or kept.parts is None:
+        return {**plain, "difference_interval": None}
+    return {**plain, "difference_interval": list(bootstrap_mean(found.parts - kept.parts)[1:])}
 
 
 # --- words ---
 
-_HEAD = f"{'sigma_rel':>10}  {'value':>9}  {'95 % interval':>19}  {'against training':>16}  {'95 % interval':>19}  {'misfit':>6}"
-
-
-def _against(found: Measured, kept: Measured) -> dict[str, Any]:
-    """The difference to the average that training kept, on the same parts."""
-    difference = found.value - kept.value
-    pairs = [a - b for a, b in zip(found.parts, kept.parts, strict=True)]
-    return {"difference": difference, "difference_interval": _interval(difference, pairs) if len(pairs) > 1 else None}
+_HEAD = f"{'sigma_rel':>10}  {'value':>9}  {'95 % interval':>17}  {'against training':>16}  {'95 % interval':>19}  {'misfit':>6}"
 
 
 def _line(name: str, point: dict[str, Any]) -> str:
-    def span(interval: tuple[float, float] | None, sign: str) -> str:
-        return f"{interval[0]:{sign}.5f} {interval[1]:{sign}.5f}" if interval else ""
-
-    line = f"{name:>10}  {point['value']:9.5f}  {span(point['interval'], ''):>19}"
+    low, high = point["interval"]
+    line = f"{name:>10}  {point['value']:9.5f}  {low:8.5f} {high:8.5f}"
     if "difference" in point:
-        line += f"  {point['difference']:+16.5f}  {span(point['difference_interval'], '+'):>19}  {point['misfit']:6.1%}"
+        span = "{:+9.5f} {:+9.5f}".format(*point["difference_interval"]) if point["difference_interval"] else ""
+        line += f"  {point['difference']:+16.5f}  {span:>19}  {point['misfit']:6.1%}"
     return line
 
 
 def _beats(best: dict[str, Any]) -> bool | None:
-    """Whether the best is surely better than the average that training kept; None where there is no interval to tell by."""
+    """Whether the best is surely better than the average that training kept; None where no interval says so."""
     return None if best["difference_interval"] is None else best["difference_interval"][1] < 0
 
 
 def _verdict(best: dict[str, Any]) -> str:
-    beats = _beats(best)
-    how = "better than" if beats or (beats is None and best["difference"] < 0) else "not surely better than"
+    match _beats(best):
+        case True:
+            how = "better than"
+        case False:
+            how = "not surely better than"
+        case None:
+            how = "lower than" if best["difference"] < 0 else "no lower than"
     return f"best: sigma_rel {best['sigma_rel']:g}, {how} the average that training kept"

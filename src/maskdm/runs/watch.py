@@ -18,7 +18,7 @@ from maskdm.evaluation import DenoisingLoss, Estimate, Extractor, ImageSet, deno
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
-from maskdm.runs.sets import image_set
+from maskdm.runs.sets import image_set, images_and_labels
 from maskdm.runs.store import cache_directory, save_best
 
 MEASURED = 256
@@ -105,12 +105,8 @@ class Watch:
     def _loss(self, rows: Rows) -> DenoisingLoss:
         """Of an even part of the rows."""
         some = rows[np.linspace(0, len(rows) - 1, min(MEASURED, len(rows))).astype(np.int64)]
-        device, labels = self.trainer.device, None
-        if self.config.data.conditional and self.dataset.labels is not None:
-            labels = torch.from_numpy(self.dataset.labels[some]).to(device)
-            labels = torch.where(labels < 0, len(self.dataset.class_names), labels)
-        pixels = torch.from_numpy(np.ascontiguousarray(self.dataset.images[some].transpose(0, 3, 1, 2))).to(device)
-        with autocast(device, self.trainer.precision):
+        pixels, labels = images_and_labels(self.config, self.dataset, some, self.trainer.device)
+        with autocast(self.trainer.device, self.trainer.precision):
             return denoising_loss(self.trainer.average.model, self.config.diffusion, pixels, labels)
 
     def _distance(self, num: int, judge: tuple[Extractor, Tensor]) -> tuple[Estimate, str]:
