@@ -147,7 +147,7 @@ def test_a_run_leaves_what_it_promises(finished: Path, capsys: pytest.CaptureFix
         "step-00000010-finetune",
     }
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert {line["event"] for line in lines} == {"stage", "train", "heldout", "sample"}
+    assert {line["event"] for line in lines} == {"stage", "train", "heldout", "best", "sample"}
     pipeline = MaskDMPipeline.from_pretrained(finished / "model")
     average = load_file(finished / "checkpoints" / "step-00000010-finetune" / "average.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in pipeline.unet.state_dict().items())

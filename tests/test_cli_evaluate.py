@@ -193,7 +193,7 @@ def test_the_best_weights_are_those_of_the_lowest_held_out_loss(run: Path) -> No
 
 def test_a_kernel_distance_is_measured_and_can_choose_the_best(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = ["--evaluation.num", "20", "--evaluation.measure", "kernel-distance", "--intervals.evaluate", "4"]
+    settings = ["--evaluation.samples", "20", "--evaluation.measure", "kernel-distance", "--intervals.evaluate", "4"]
     assert run_command(["train", "digits", "--recipe", "digits", "--out", str(out), *TINY, *settings]) == 0
     measured = events(out, "evaluate")
     assert [event["step"] for event in measured] == [4, 8, 12]
@@ -239,10 +239,10 @@ def test_stopping_and_the_best_survive_a_kill(tmp_path: Path, monkeypatch: pytes
 def test_patience_and_measure_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for settings, message in {
         ("--patience", "0"): "evaluation.patience is 0",
-        ("--evaluation.num", "3"): "evaluation.num is 3",
-        ("--evaluation.measure", "kernel-distance"): "evaluation.num is 0",
+        ("--evaluation.samples", "3"): "evaluation.samples is 3",
+        ("--evaluation.measure", "kernel-distance"): "evaluation.samples is 0",
         ("--evaluation.measure", "fid"): "heldout-loss",
-        ("--evaluation.num", "20", "--evaluation.features", "onxx:f"): "onnx",
+        ("--evaluation.samples", "20", "--evaluation.features", "onxx:f"): "onnx",
     }.items():
         assert run_command(["train", "digits", "--recipe", "digits", "--out", str(tmp_path / "x"), *settings]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]

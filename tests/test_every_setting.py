@@ -127,7 +127,7 @@ CHANGES: dict[str, str] = {
 ELSEWHERE = {
     "data.source", "data.max_broken", "init", "sampling.num", "tracking",
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
-    "evaluation.measure", "evaluation.num", "evaluation.features", "evaluation.patience",  # tests/test_cli_evaluate.py
+    "evaluation.measure", "evaluation.samples", "evaluation.features", "evaluation.patience",  # tests/test_cli_evaluate.py
     "intervals.log", "intervals.evaluate", "intervals.sample", "intervals.save", "intervals.keep",
 }  # fmt: skip
 """Settings with a test of their own below."""

@@ -122,15 +122,15 @@ class Evaluation:
     measure: Annotated[
         Literal["heldout-loss", "kernel-distance"], "what the best weights (folder best) and early stopping go by; lower is better"
     ] = "heldout-loss"
-    num: Annotated[int, "samples drawn for the kernel distance; 0: the held-out loss alone is measured, which is cheap"] = 0
+    samples: Annotated[int, "samples drawn for the kernel distance; 0: the held-out loss alone is measured, which is cheap"] = 0
     features: Annotated[str, "network of the kernel distance, as `maskdm evaluate --features` takes it"] = "self"
     patience: Annotated[int | None, "a stage ends early after as many evaluations without a better one; none: never"] = None
 
     def __post_init__(self) -> None:
-        require(self.num == 0 or self.num >= 10, f"evaluation.num is {self.num}; give 0, or at least 10")
+        require(self.samples == 0 or self.samples >= 10, f"evaluation.samples is {self.samples}; give 0, or at least 10")
         require(self.patience is None or self.patience >= 1, f"evaluation.patience is {self.patience}; give at least 1, or none")
-        good = self.measure == "heldout-loss" or self.num > 0
-        require(good, "evaluation.measure is kernel-distance, and evaluation.num is 0; give the number of samples, such as 500")
+        good = self.measure == "heldout-loss" or self.samples > 0
+        require(good, "evaluation.measure is kernel-distance, and evaluation.samples is 0; give the number of samples, such as 500")
 
 
 SCHEDULERS = ("ddim", "ddpm", "deis", "dpm++", "dpm++sde", "euler", "euler-a", "heun", "lms", "pndm", "sa", "unipc")

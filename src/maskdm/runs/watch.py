@@ -47,7 +47,7 @@ class Watch:
         self.run, self.config, self.trainer, self.dataset, self.draw = run, config, trainer, dataset, draw
         self.training, self.heldout = rows
         self._best, self._stage_best, self._since = math.inf, math.inf, 0
-        self._judge = self._choose_judge() if config.evaluation.num else None  # at once: a file that is not there must not end a run later
+        self._judge = self._choose_judge() if config.evaluation.samples else None  # now: a missing file must not end a run later
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know."""
@@ -75,9 +75,9 @@ class Watch:
             found |= {"heldout/loss": new.loss, "heldout/train_loss": known.loss}
             found |= {f"heldout/t={level['t']:.0f}": level["loss"] for level in new.levels}
         if self._judge is not None:
-            distance, features = self._distance(settings.num, self._judge)
+            distance, features = self._distance(settings.samples, self._judge)
             figures = {"kernel_distance": distance.value, "kernel_distance_interval": [distance.low, distance.high]}
-            self.run.log("evaluate", step.number, **where, **figures, num_samples=settings.num, features=features)
+            self.run.log("evaluate", step.number, **where, **figures, num_samples=settings.samples, features=features)
             found["evaluate/kernel_distance"] = distance.value
         value = found.get("heldout/loss" if settings.measure == "heldout-loss" else "evaluate/kernel_distance")
         if value is not None:
