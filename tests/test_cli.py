@@ -107,6 +107,9 @@ def bad_inputs(path: Path) -> dict[str, tuple[list[str], str]]:
         "not a number": (["sample", str(path), *out, "--num", "many"], "--num"),
         "scheduler": (["sample", str(path), *out, "--scheduler", "ddmi"], "--scheduler"),
         "report": (["report", str(path / "empty")], "run.json"),
+        "no report": (["report"], "name the directory of a run"),
+        "comparison": (["report", str(path / "empty"), str(path / "full")], "run.json"),
+        "report of one": (["report", str(path / "empty"), *out], "--out is for the page that compares"),
         "tracker": (["train", "digits", *out, "--tracking", "wandbb"], "did you mean wandb?"),
         "sweep": (["ema-sweep", str(path / "full")], "not the directory of a run"),
         "lengths": (["ema-sweep", str(path / "full"), "--sigma-rel", "0.1;0.2"], "lengths with commas between"),
@@ -427,3 +430,13 @@ def test_a_run_begun_by_an_older_version_goes_on_with_a_note(tmp_path: Path, cap
     weights, origin = reconstruct_ema(out, 0.05)
     assert "step 14, from 4 snapshots" in origin
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_report_compares_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text('{"status": "running"}')
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["report", "a", "b"]) == run_command(["report", "b", "a", "--out", "page.html"]) == run_command(["report", "a"]) == 0
+    assert capsys.readouterr().out.split() == ["compare.html", "page.html", "a/report.html"]
+    assert all((tmp_path / file).is_file() for file in ("compare.html", "page.html", "a/report.html"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -123,14 +124,11 @@ def unlike_measures(runs: Sequence[RunFiles]) -> tuple[list[str], bool, bool]:
 
 def first_reach(line: Line, level: float) -> float | None:
     """When the best loss so far first came down to `level`, between measurements by linear interpolation; None if never."""
-    before, best = 0.0, float("inf")
+    before, best = 0.0, math.inf
     for seconds, loss in line:
         if loss <= level:
-            inside = best < float("inf") and best > loss
-            return before + (seconds - before) * ((best - level) / (best - loss)) if inside else seconds
-        if loss < best:
-            best = loss
-        before = seconds
+            return seconds if best == math.inf else before + (seconds - before) * (best - level) / (best - loss)
+        before, best = seconds, min(best, loss)
     return None
 
 
@@ -161,9 +159,10 @@ def _races(rivals: Sequence[RunFiles], lines: dict[str, Line]) -> list[str]:
         spent, needed = first_reach(mine, level), first_reach(lines[run.label], level)
         if spent is None or not needed:
             continue
+        its, share = f"{text(run.label)}'s", round(100 * spent / needed)
         said.append(
-            f"{text(winner.label)} reaches {text(run.label)}'s final held-out loss ({number(level)}{_so_far(run)}) in "
-            f"{round(100 * spent / needed)}{page.GAP}% of the time that took: {page.duration(spent)} against {page.duration(needed)}."
+            f"{text(winner.label)} reaches {its} final held-out loss ({number(level)}{_so_far(run)}) in {share}{page.GAP}% of {its} time: "
+            f"{page.duration(spent)} against {page.duration(needed)}."
         )
     return said
 
