@@ -26,9 +26,10 @@ PUBLIC = {
         "kernel_distance", "load_network", "load_self", "manifold", "nearest", "overfitting", "train_self",
     ],
     "maskdm.recipes": ["RECIPES", "Choice", "choose", "cifar10", "digits", "emoji", "recipe"],
+    "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
-        "Display", "Diverged", "EvaluateRequest", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest", "describe_data",
-        "ema_sweep", "evaluate", "parse_lengths", "report_run", "sample_run", "train",
+        "Display", "Diverged", "EvaluateRequest", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest", "compare_reports",
+        "describe_data", "ema_sweep", "evaluate", "parse_lengths", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

@@ -106,6 +106,9 @@ def bad_inputs(path: Path) -> dict[str, tuple[list[str], str]]:
         "not a number": (["sample", str(path), *out, "--num", "many"], "--num"),
         "scheduler": (["sample", str(path), *out, "--scheduler", "ddmi"], "--scheduler"),
         "report": (["report", str(path / "empty")], "run.json"),
+        "no report": (["report"], "name the directory of a run"),
+        "comparison": (["report", str(path / "empty"), str(path / "full")], "run.json"),
+        "report of one": (["report", str(path / "empty"), *out], "--out is for the page that compares"),
         "tracker": (["train", "digits", *out, "--tracking", "wandbb"], "did you mean wandb?"),
         "sweep": (["ema-sweep", str(path / "full")], "not the directory of a run"),
         "lengths": (["ema-sweep", str(path / "full"), "--sigma-rel", "0.1;0.2"], "lengths with commas between"),
@@ -344,3 +347,13 @@ def test_evaluate_writes_metrics_with_what_they_rest_on(finished: Path, capsys: 
     assert metrics["provenance"]["steps"] == 2 and metrics["provenance"]["checkpoint"].endswith("(averaged)")
     assert (finished / "neighbours.png").is_file()
     assert "FID" not in capsys.readouterr().out + (finished / "report.html").read_text()
+
+
+def test_report_compares_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text('{"status": "running"}')
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["report", "a", "b"]) == run_command(["report", "b", "a", "--out", "page.html"]) == run_command(["report", "a"]) == 0
+    assert capsys.readouterr().out.split() == ["compare.html", "page.html", "a/report.html"]
+    assert all((tmp_path / file).is_file() for file in ("compare.html", "page.html", "a/report.html"))

@@ -116,9 +116,14 @@ class EmaSweep:
 
 @dataclass
 class Report:
-    """Write a run's report.html anew from its files."""
+    """Write a run's report.html anew from its files; of several runs, one page that puts them side by side.
 
-    run: Run
+    maskdm report RUN                           writes RUN/report.html
+    maskdm report A B C --out compare.html      compares the runs A, B and C
+    """
+
+    run: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help="directories of runs of `maskdm train`")]
+    out: Annotated[Path | None, arg(help="with two or more runs: the page to write; compare.html in this folder if left out")] = None
 
 
 Verb = (
@@ -258,7 +263,7 @@ def _perform(verb: Train | DataVerb | Sample | Evaluate | EmaSweep | Report, set
             sweep = runs.SweepRequest(verb.run, runs.parse_lengths(verb.sigma_rel), verb.stage, verb.measure, verb.num, verb.save)
             print(runs.ema_sweep(sweep, runs.Display()))
         case Report():
-            print(runs.report_run(verb.run))
+            print(_report(verb))
         case _ as unreachable:
             assert_never(unreachable)
     return 0
@@ -278,6 +283,19 @@ def _evaluate(verb: Evaluate) -> str:
         raise UserError(f"--{wrong[0]} says how a run is sampled; leave it out with --images")
     request = runs.EvaluateRequest(sampling, verb.images, verb.data, verb.features, verb.num_reference, verb.image_size, verb.out)
     return runs.evaluate(request, runs.Display())
+
+
+def _report(verb: Report) -> Path:
+    from maskdm import runs
+
+    folders = list(verb.run)
+    if not folders:
+        raise UserError("name the directory of a run, or of several to compare")
+    if len(folders) > 1:
+        return runs.compare_reports(folders, verb.out or Path("compare.html"))
+    if verb.out is not None:
+        raise UserError("--out is for the page that compares two or more runs; the report of one is RUN/report.html")
+    return runs.report_run(folders[0])
 
 
 def _train(verb: Train, settings: list[tuple[str, str]], arguments: list[str]) -> int:

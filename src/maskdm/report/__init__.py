@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from maskdm.report.compare import compare_runs
 from maskdm.report.run import write_report
 
-__all__ = ["write_report"]
+__all__ = ["compare_runs", "write_report"]

@@ -257,3 +257,16 @@ def document(title: str, header: str, sections: Sequence[Section]) -> str:
     links = "".join(f'<a href="#{part.name}">{part.title}</a>' for part in shown)
     template = Template(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
     return template.substitute(title=text(title), header=header, links=links, parts="\n".join(part.html() for part in shown))
+
+
+def joint_slider(frames: Sequence[tuple[str, str]]) -> str:
+    """Groups (caption, finished content) that share one place, with a control over which shows: the last without the script."""
+    last = len(frames) - 1
+    groups = [
+        f'<div class="side-by-side" data-caption="{caption}"{"" if index == last else " hidden"}>{content}</div>'
+        for index, (caption, content) in enumerate(frames)
+    ]
+    control = f'<input type="range" min="0" max="{last}" value="{last}" autocomplete="off">'
+    return (
+        f'<div class="frames"><label class="slider" hidden><span>Progress</span>{control}<output></output></label>{"".join(groups)}</div>'
+    )

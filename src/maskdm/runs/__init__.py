@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from maskdm.report import write_report
+from maskdm.report import compare_runs, write_report
 from maskdm.runs.data import describe_data
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
@@ -24,6 +25,7 @@ __all__ = [
     "SampleRequest",
     "SweepRequest",
     "TrainRequest",
+    "compare_reports",
     "describe_data",
     "ema_sweep",
     "evaluate",
@@ -46,3 +48,8 @@ def sample_run(request: SampleRequest, display: Display) -> list[Path]:
 def report_run(path: Path) -> Path:
     """Write a run's report anew; returns its path. Raises UserError."""
     return write_report(path)
+
+
+def compare_reports(paths: Sequence[Path], out: Path) -> Path:
+    """Write one page that puts several runs side by side; returns its path. Raises UserError."""
+    return compare_runs(paths, out)
