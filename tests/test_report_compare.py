@@ -13,7 +13,7 @@ from test_report import HOSTILE, Page
 from maskdm.errors import UserError
 from maskdm.report import compare_runs
 from maskdm.report.figures import first_reach, flatten, names
-from maskdm.report.files import read_runs
+from maskdm.report.state import read_runs
 
 SECTIONS = ["verdict", "figures", "loss", "time", "settings", "speed"]
 SLOW, FAST = heldout([(10, 0.8), (20, 0.4), (30, 0.2)]), heldout([(10, 0.4), (20, 0.2), (30, 0.1)])

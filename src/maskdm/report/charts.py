@@ -21,6 +21,8 @@ class Series:
     dots: bool = False
     bars: Sequence[tuple[float, float, float]] = ()
     """Intervals (x, low, high)."""
+    best: tuple[float, float] | None = None
+    """A point to be ringed."""
 
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 58, 14, 12, 46
@@ -109,6 +111,9 @@ def _line(scale: _Scale, line: Series) -> str:
         for x, y in line.points:
             hint = f"<title>{text(line.name)}: {number(x)}, {number(y)}</title>"
             parts.append(f'<circle class="dot" r="3.4" cx="{scale.across(x):.1f}" cy="{scale.down(y):.1f}">{hint}</circle>')
+    if line.best:
+        x, y = line.best
+        parts.append(f'<circle class="ring" r="8" cx="{scale.across(x):.1f}" cy="{scale.down(y):.1f}"><title>the best</title></circle>')
     return "".join(parts) + "</g>"
 
 
@@ -140,8 +145,11 @@ def chart(
     )
 
 
-def histogram(title: str, ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Shares of two sets in the same bins: samples as an outline, real images filled; '' where there are none."""
+def histogram(title: str, ours: Sequence[float], theirs: Sequence[float], note: str = "") -> str:
+    """Shares of two sets in the same bins: samples as an outline, real images filled; '' where there are none.
+
+    Heights are square roots, since one bin (a black ground, say) may hold nearly everything.
+    """
     if not ours or len(ours) != len(theirs):
         return ""
     width, height = 240, 110
@@ -149,12 +157,28 @@ def histogram(title: str, ours: Sequence[float], theirs: Sequence[float]) -> str
 
     def outline(shares: Sequence[float]) -> str:
         step = width / len(shares)
-        corners = [(x, height - share / top * (height - 6)) for i, share in enumerate(shares) for x in (i * step, (i + 1) * step)]
+        tops = [height - max(share / top, 0.0) ** 0.5 * (height - 6) for share in shares]
+        corners = [(x, y) for i, y in enumerate(tops) for x in (i * step, (i + 1) * step)]
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in [(0.0, float(height)), *corners, (float(width), float(height))])
 
     label = f"{title}: shares of the values from dark to bright, samples and real images"
     return (
         f'<figure class="chart small"><h3>{text(title)}</h3><svg viewBox="0 0 {width} {height}" role="img" aria-label="{text(label)}">'
         f'<polygon class="filled" points="{outline(theirs)}"/><polyline class="curve" style="--c: var(--c0)" points="{outline(ours)}"/>'
-        f"</svg></figure>"
+        f"</svg><figcaption>{note}</figcaption></figure>"
     )
+
+
+def whisker(value: float | None, ends: tuple[float, float] | None, low: float, high: float) -> str:
+    """A figure and its interval on an axis from `low` to `high`, for a cell of a table that has the numbers too."""
+    if value is None or high <= low:
+        return ""
+    width, middle = 130, 9
+
+    def across(x: float) -> float:
+        return 5 + (min(max(x, low), high) - low) / (high - low) * (width - 10)
+
+    bar = f'<line class="curve" x1="{across(ends[0]):.1f}" x2="{across(ends[1]):.1f}" y1="{middle}" y2="{middle}"/>' if ends else ""
+    zero = f'<line class="grid" x1="{across(0.0):.1f}" x2="{across(0.0):.1f}" y1="0" y2="{2 * middle}"/>' if low <= 0 <= high else ""
+    dot = f'<circle class="dot" r="4" cx="{across(value):.1f}" cy="{middle}"/>'
+    return f'<svg class="whisker" aria-hidden="true" width="{width}" height="{2 * middle}">{zero}{bar}{dot}</svg>'

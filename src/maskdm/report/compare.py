@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskdm.errors import UserError
-from maskdm.report import charts, page
+from maskdm.report import charts, images, page
 from maskdm.report.figures import final_table, names, settings_table, speed_table, unlike_losses, verdicts
-from maskdm.report.files import RunFiles, read_runs
 from maskdm.report.page import amount, count, text
+from maskdm.report.state import Run, read_runs
 
 NUM_FRAMES = 11  # places of the slider, ends included: each holds one grid per run
 
@@ -31,7 +31,7 @@ def compare_runs(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def _render(runs: Sequence[RunFiles]) -> str:
+def _render(runs: Sequence[Run]) -> str:
     parts = [
         page.Section("verdict", "What differs?", page.bullets(verdicts(runs), "verdict")),
         page.Section("figures", "Final figures", final_table(runs)),
@@ -44,11 +44,10 @@ def _render(runs: Sequence[RunFiles]) -> str:
     return page.document(title, _header(runs), parts)
 
 
-def _header(runs: Sequence[RunFiles]) -> str:
+def _header(runs: Sequence[Run]) -> str:
     pieces: list[str] = []
     for run in runs:
-        badge = f'<span class="badge {run.status}">{run.status}</span>'
-        pieces.append(f"{text(run.label)} {badge} <small>{text(run.folder.resolve())}</small>")
+        pieces.append(f"{text(run.label)} {run.badge} <small>{text(run.folder.resolve())}</small>")
     errors = [f"{text(run.label)}: {text(run.card['error'])}" for run in runs if run.card.get("error")]
     failed = "".join(f'<p class="error" role="alert">{error}</p>' for error in errors)
     lead = f"{len(runs)} runs of maskdm, on {names(_data(runs))}."
@@ -58,7 +57,7 @@ def _header(runs: Sequence[RunFiles]) -> str:
     )
 
 
-def _data(runs: Sequence[RunFiles]) -> list[str]:
+def _data(runs: Sequence[Run]) -> list[str]:
     """The data that the runs learned, each named once."""
     return list(
         dict.fromkeys(
@@ -72,12 +71,12 @@ def _data(runs: Sequence[RunFiles]) -> list[str]:
 # --- held-out loss ----------------------------------------------------------------------------------------------------
 
 
-def _series(run: RunFiles, place: int, points: Sequence[tuple[float, float]]) -> charts.Series:
+def _series(run: Run, place: int, points: Sequence[tuple[float, float]]) -> charts.Series:
     round_, color = divmod(place, page.NUM_COLORS)  # past the fifth run the colours come again, paler
     return charts.Series(run.label, points, color, strength=0.5**round_, dots=True)
 
 
-def _curves(runs: Sequence[RunFiles]) -> str:
+def _curves(runs: Sequence[Run]) -> str:
     unit, name = page.clock(max((seconds for run in runs for seconds, _ in run.heldout()), default=0.0))
     by_time = [_series(run, place, [(seconds / unit, loss) for seconds, loss in run.heldout()]) for place, run in enumerate(runs)]
     by_images = [_series(run, place, run.heldout_by_images()) for place, run in enumerate(runs)]
@@ -86,6 +85,13 @@ def _curves(runs: Sequence[RunFiles]) -> str:
     drawn += charts.chart(
         "Against images seen", "images, repetitions counted", "noise loss", by_images, note="Masked images count as whole ones."
     )
+    by_flops = [run.heldout_by_flops() for run in runs]
+    if all(by_flops):
+        most = max(flops for line in by_flops for flops, _ in line)
+        size, prefix = next(((size, prefix) for size, prefix in page.PREFIXES if most >= size), (1.0, ""))
+        lines = [_series(run, place, [(flops / size, loss) for flops, loss in by_flops[place]]) for place, run in enumerate(runs)]
+        note = "What a perfect machine would have to compute: masked images cost less."
+        drawn += charts.chart("Against arithmetic", f"{prefix}FLOP", "noise loss", lines, note=note)
     unlike = unlike_losses(runs)
     warning = f'<p class="soft">These losses do not compare: the runs differ in {names(unlike)}.</p>' if unlike else ""
     return f'{warning}<div class="charts">{drawn}</div>' if drawn else ""
@@ -94,7 +100,7 @@ def _curves(runs: Sequence[RunFiles]) -> str:
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-def _grids(run: RunFiles) -> list[tuple[float, Path, str]]:
+def _grids(run: Run) -> list[tuple[float, Path, str]]:
     """(seconds, file, caption) of the run's grids, those that exist and lie inside the run, in order."""
     root, found = run.folder.resolve(), list[tuple[float, Path, str]]()
     latest = 0.0
@@ -106,25 +112,27 @@ def _grids(run: RunFiles) -> list[tuple[float, Path, str]]:
     return found
 
 
-def _cell(run: RunFiles, grids: Sequence[tuple[float, Path, str]], share: float) -> str:
+def _cell(run: Run, grids: Sequence[tuple[float, Path, str]], share: float, most: int) -> str:
     """The newest grid of the run at this share of its training time."""
     due = [grid for grid in grids if grid[0] <= share * grids[-1][0] * (1 + 1e-9)]
     if not due:
         return f"<figure><figcaption>{text(run.label)}: no samples yet</figcaption></figure>"
     _, path, caption = due[-1]
-    return page.figure(path, f"Samples of {run.label} at {caption}", f"{text(run.label)}: {caption}", 420)
+    return images.figure(path, f"Samples of {run.label} at {caption}", f"{text(run.label)}: {caption}", 420, most)
 
 
-def _samples(runs: Sequence[RunFiles]) -> str:
+def _samples(runs: Sequence[Run]) -> str:
     grids = {run.label: found for run in runs if (found := _grids(run))}
     shown = [run for run in runs if run.label in grids]
     if not shown:
         return ""
     num = min(NUM_FRAMES, max(map(len, grids.values())))
+    most = min(images.LARGE, images.FRAMES // (num * len(shown)))
     frames: list[tuple[str, str]] = []
     for index in range(num):
         share = (index + 1) / num
-        frames.append((f"{page.percent(share)} of each run's time so far", "".join(_cell(run, grids[run.label], share) for run in shown)))
+        cells = "".join(_cell(run, grids[run.label], share, most) for run in shown)
+        frames.append((f"{page.percent(share)} of each run's time so far", cells))
     missing = [text(run.label) for run in runs if run.label not in grids]
     lost = f" {names(missing)} left no samples." if missing else ""
-    return page.joint_slider(frames) + f'<p class="soft">Arrow keys move the slider. Grids of one run draw from the same noise.{lost}</p>'
+    return images.joint_slider(frames) + f'<p class="soft">Arrow keys move the slider. Grids of one run draw from the same noise.{lost}</p>'

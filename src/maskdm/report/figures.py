@@ -9,8 +9,8 @@ from typing import Any, cast
 import yaml
 
 from maskdm.report import page
-from maskdm.report.files import Line, RunFiles
-from maskdm.report.page import Json, amount, as_list, as_object, count, finite, number, percent, text, word
+from maskdm.report.page import Json, as_object, count, estimate, finite, number, percent, scaled, text, word
+from maskdm.report.state import Line, Run, gain, times
 
 CHANCE = "One run each: a difference between two runs may be chance; <code>maskdm compare</code> measures over seeds."
 
@@ -20,6 +20,8 @@ _MEASURES: tuple[tuple[str, str, Callable[[float | None], str], bool], ...] = (
     ("Frechet distance", "frechet_distance", number, True),
     ("Precision", "precision", percent, True),
     ("Recall", "recall", percent, True),
+    ("Density", "density", number, True),
+    ("Coverage", "coverage", percent, True),
     ("Class accuracy", "class_accuracy", percent, False),
     ("Copies share", "copies.share", percent, True),
 )
@@ -49,7 +51,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     return {name: leaf for key, item in pairs for name, leaf in flatten(item, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def settings(run: RunFiles) -> dict[str, str]:
+def settings(run: Run) -> dict[str, str]:
     """The run's config.yaml, flat; empty when it is absent or damaged."""
     try:
         read = yaml.safe_load(run.config)
@@ -61,12 +63,12 @@ def settings(run: RunFiles) -> dict[str, str]:
 # --- what does not compare ------------------------------------------------------------------------------------------
 
 
-def _differ(runs: Sequence[RunFiles], get: Callable[[RunFiles], Any]) -> bool:
+def _differ(runs: Sequence[Run], get: Callable[[Run], Any]) -> bool:
     """Whether two runs state different values; one that states none is not known to differ."""
     return len({repr(value) for value in map(get, runs) if value is not None}) > 1
 
 
-def unlike_losses(runs: Sequence[RunFiles]) -> list[str]:
+def unlike_losses(runs: Sequence[Run]) -> list[str]:
     """What makes the held-out losses of the runs answers to different questions."""
     asked = {"content_hash": "images", "height": "heights", "width": "widths", "channels": "channels", "heldout": "held-out images"}
     found = [what for key, what in asked.items() if _differ(runs, lambda run, key=key: run.data.get(key))]
@@ -75,28 +77,27 @@ def unlike_losses(runs: Sequence[RunFiles]) -> list[str]:
     return found + [what for key, what in noise.items() if _differ(runs, lambda run, key=key: flat[run.label].get(key))]
 
 
-def unlike_clocks(runs: Sequence[RunFiles]) -> bool:
+def unlike_clocks(runs: Sequence[Run]) -> bool:
     """Whether the runs were trained on different hardware, so that their seconds differ in kind."""
 
-    def machine(run: RunFiles) -> list[Any] | None:
-        environment = as_object(run.card.get("environment"))
-        known = [environment.get(key) for key in ("device", "gpu", "cpu", "threads")]
+    def machine(run: Run) -> list[Any] | None:
+        known = [run.environment.get(key) for key in ("device", "gpu", "cpu", "threads")]
         return known if any(value is not None for value in known) else None
 
     return _differ(runs, machine)
 
 
-def _shown(runs: Sequence[RunFiles], get: Callable[[RunFiles], Any]) -> str:
+def _shown(runs: Sequence[Run], get: Callable[[Run], Any]) -> str:
     return "; ".join(f"{text(run.label)}: {text(value)}" for run in runs if (value := get(run)) is not None)
 
 
-def unlike_measures(runs: Sequence[RunFiles]) -> tuple[list[str], bool, bool]:
+def unlike_measures(runs: Sequence[Run]) -> tuple[list[str], bool, bool]:
     """Remarks in words; whether no measure of samples compares; whether those do not that the number of samples moves."""
     measured = [run for run in runs if run.measures]
     said: list[str] = []
 
     def check(what: str, key: str, consequence: str) -> bool:
-        def get(run: RunFiles) -> Any:
+        def get(run: Run) -> Any:
             value = _looked_up(run.measures, key)
             return value[:12] if key.endswith("hash") and isinstance(value, str) else value
 
@@ -132,7 +133,7 @@ def first_reach(line: Line, level: float) -> float | None:
     return None
 
 
-def verdicts(runs: Sequence[RunFiles]) -> list[str]:
+def verdicts(runs: Sequence[Run]) -> list[str]:
     """The run with the lowest final held-out loss against each other one; finished HTML sentences."""
     lines = {run.label: run.heldout() for run in runs}
     without = [text(run.label) for run in runs if not lines[run.label]]
@@ -148,7 +149,7 @@ def verdicts(runs: Sequence[RunFiles]) -> list[str]:
     return [*said, CHANCE]
 
 
-def _races(rivals: Sequence[RunFiles], lines: dict[str, Line]) -> list[str]:
+def _races(rivals: Sequence[Run], lines: dict[str, Line]) -> list[str]:
     winner = min(rivals, key=lambda run: lines[run.label][-1][1])
     mine = lines[winner.label]
     said = [f"{text(winner.label)} has the lowest final held-out loss: {number(mine[-1][1])}{_so_far(winner)}."]
@@ -167,45 +168,34 @@ def _races(rivals: Sequence[RunFiles], lines: dict[str, Line]) -> list[str]:
     return said
 
 
-def _so_far(run: RunFiles) -> str:
-    return {"running": " so far", "failed": " when it failed"}.get(run.status, "")
+def _so_far(run: Run) -> str:
+    words = {"running": "so far", "failed": "when it failed", "stopped": "when it was stopped", "killed": "when it was killed"}
+    return f" {words[run.status]}" if run.status in words else ""
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _measured(run: RunFiles, key: str, show: Callable[[float | None], str]) -> str:
+def _measured(run: Run, key: str, show: Callable[[float | None], str]) -> str:
     *_, last = key.split(".")
-    record = as_object(run.measures.get("copies")) if key.startswith("copies.") else run.measures
-    ends = [finite({"end": end}, "end") for end in as_list(record.get(f"{last}_interval"))]
-    interval = f"<small>{show(ends[0])} to {show(ends[1])}</small>" if len(ends) == 2 and None not in ends else ""
-    return show(finite(record, last)) + interval
+    return estimate(as_object(run.measures.get("copies")) if key.startswith("copies.") else run.measures, last, show)
 
 
-def _scientific(value: float | None) -> str:
-    """1.23e15 -> '1.23 P'."""
-    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value is not None and value >= size:
-            return f"{value / size:.3g}{page.GAP}{unit}"
-    return number(value)
-
-
-def _loss(run: RunFiles) -> str:
+def _loss(run: Run) -> str:
     losses = [loss for _, loss in run.heldout()]
     return f"{number(losses[-1])}<small>best {number(min(losses))}</small>" if losses else number(None)
 
 
-def final_table(runs: Sequence[RunFiles]) -> str:
+def final_table(runs: Sequence[Run]) -> str:
     """Remarks on what does not compare, then a column per run."""
     remarks, void, biased = unlike_measures(runs)
-    differs = "<small>does not compare</small>"
-    images = [sum(amount(stage, "images") for stage in run.stages) for run in runs]
+    differs = '<small class="warn">does not compare</small>'
     rows = [
-        ["Status", *(f'<span class="{run.status}">{run.status}</span>' for run in runs)],
+        ["Status", *(run.badge for run in runs)],
         ["Training time" + (differs if unlike_clocks(runs) else ""), *(page.duration(run.seconds) for run in runs)],
-        ["Images seen", *map(number, images)],
+        ["Images seen", *(number(run.images) for run in runs)],
         ["Parameters", *(count(run.card, "parameters") for run in runs)],
-        ["Training FLOPs", *(_scientific(finite(run.card, "flops")) for run in runs)],
+        ["Arithmetic", *(scaled(finite(run.card, "flops"), "FLOP") for run in runs)],
         ["Final held-out loss" + (differs if unlike_losses(runs) else ""), *map(_loss, runs)],
     ]
     for name, key, show, moved in _MEASURES:
@@ -222,7 +212,7 @@ def final_table(runs: Sequence[RunFiles]) -> str:
     return page.bullets(remarks, "verdict") + page.table("Final figures", ["Figure", *(text(run.label) for run in runs)], rows) + note
 
 
-def settings_table(runs: Sequence[RunFiles]) -> str:
+def settings_table(runs: Sequence[Run]) -> str:
     """The settings in which the runs differ."""
     flat = [settings(run) for run in runs]
     keys = dict.fromkeys(key for each in flat for key in each)
@@ -235,14 +225,13 @@ def settings_table(runs: Sequence[RunFiles]) -> str:
     return lost + page.table("Settings that differ", ["Setting", *(text(run.label) for run in runs)], rows)
 
 
-def speed_table(runs: Sequence[RunFiles]) -> str:
+def speed_table(runs: Sequence[Run]) -> str:
     """A row per stage of each run: how fast, and how much of the arithmetic's speed-up was reached."""
     rows: list[list[str]] = []
     for run in runs:
-        for stage, gain, share in run.speeds():
-            speed = [count(stage, "images_per_second"), f"{gain:.2f}\u00d7" if gain else number(None)]
-            ideal = finite(stage, "ideal_speedup")
-            speed += [f"{ideal:.2f}\u00d7" if ideal else number(None), percent(share)]
+        for stage in run.stages:
+            measured, share = gain(run, stage)
+            speed = [count(stage, "images_per_second"), times(measured), times(finite(stage, "ideal_speedup")), percent(share)]
             rows.append([text(run.label), word(stage, "name"), word(stage, "mask"), word(stage, "batch"), *speed])
     head = ["Run", "Stage", "Mask", "Batch", "Images/s", "Speed-up", "Ideal", "Share of ideal"]
     note = '<p class="soft">Speed-up: over the whole images of the same run. Ideal: what the arithmetic alone allows.</p>'

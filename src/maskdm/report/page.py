@@ -5,12 +5,10 @@ Whatever comes from a file passes through `text` (or a function here that calls 
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -19,6 +17,8 @@ from typing import Any, cast
 Json = dict[str, Any]
 GAP = "\u202f"  # narrow, unbreakable: between digits, and between a number and its unit
 NUM_COLORS = 5
+PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+_RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 
 
 # --- values out of files whose shape is not to be relied on ---------------------------------------------------------
@@ -77,6 +77,15 @@ def amount(record: Json, key: str) -> float:
     return finite(record, key) or 0.0
 
 
+def interval(record: Json, key: str) -> tuple[float, float] | None:
+    """The 95 % interval of a figure, where it is there and finite."""
+    ends = as_list(record.get(f"{key}_interval"))
+    if len(ends) != 2:
+        return None
+    low, high = (finite({"end": end}, "end") for end in ends)
+    return None if low is None or high is None else (low, high)
+
+
 def points(records: Sequence[Json], x: str, y: str, unit: float = 1.0) -> list[tuple[float, float]]:
     """(x / unit, y) of the records that have both, and a y that can stand on a logarithmic axis."""
     pairs = [(finite(record, x), finite(record, y)) for record in records]
@@ -108,12 +117,18 @@ def number(value: int | float | None, digits: int = 3) -> str:
         return "&ndash;"
     if float(value).is_integer() or abs(value) >= 1000:
         return f"{round(value):,}".replace(",", GAP)
-    return f"{value:.{digits}g}"
+    shown = f"{value:.{digits}g}"
+    if "e" in shown:
+        base, power = shown.split("e")
+        return f"{base} \u00d7 10{str(int(power)).translate(_RAISED)}"
+    return shown
 
 
-def scaled(value: float, unit: str) -> str:
-    """1.2e12 FLOP -> '1.2 TFLOP'."""
-    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+def scaled(value: float | None, unit: str) -> str:
+    """1.2e12 FLOP -> '1.2 TFLOP', None -> a dash."""
+    if value is None:
+        return number(value)
+    for factor, prefix in PREFIXES:
         if value >= factor:
             return f"{value / factor:.3g}{GAP}{prefix}{unit}"
     return f"{value:.3g}{GAP}{unit}"
@@ -132,6 +147,13 @@ def count(record: Json, key: str) -> str:
 def percent(value: float | None) -> str:
     """0.875 -> '87.5 %'."""
     return "&ndash;" if value is None else f"{round(100 * value, 1):g}{GAP}%"
+
+
+def estimate(record: Json, key: str, show: Callable[[float | None], str]) -> str:
+    """A figure for people, its 95 % interval below it."""
+    ends = interval(record, key)
+    span = f'<small class="span">{show(ends[0])} to {show(ends[1])}</small>' if ends else ""
+    return show(finite(record, key)) + span
 
 
 def duration(seconds: int | float) -> str:
@@ -179,61 +201,6 @@ def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], wide: b
     )
 
 
-LARGE, MAX_SIDE = 600_000, 1600
-"""Bytes above which a picture is put into the page as a JPEG of at most so many pixels a side."""
-
-
-def _smaller(image: Any) -> bytes:
-    found = image.convert("RGB")
-    found.thumbnail((MAX_SIDE, MAX_SIDE))
-    stream = io.BytesIO()
-    found.save(stream, "JPEG", quality=85)
-    return stream.getvalue()
-
-
-def picture(path: Path, alt: str, width: int = 640, attributes: str = "") -> str | None:
-    """The image file as an <img> with its bytes inside, small ones enlarged by a whole factor up to `width` pixels.
-
-    None when the file is absent or is no whole image (one that is being written, say).
-    """
-    from PIL import Image
-
-    try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            across, down, kind = image.width, image.height, Image.MIME[image.format or "PNG"]
-            if len(data) > LARGE:
-                data, kind = _smaller(image), "image/jpeg"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None
-    factor = max(1, width // across)
-    pixel = ' class="pixel"' if factor > 1 else ""
-    encoded = base64.b64encode(data).decode("ascii")
-    size = f'width="{across * factor}" height="{down * factor}"'
-    return f'<img{pixel} {size} alt="{text(alt)}" {attributes} src="data:{kind};base64,{encoded}">'
-
-
-def figure(path: Path, alt: str, note: str, width: int = 640) -> str:
-    """The picture with a line below it; nothing when there is no picture."""
-    image = picture(path, alt, width)
-    return f"<figure>{image}<figcaption>{note}</figcaption></figure>" if image else ""
-
-
-def slider(frames: Sequence[tuple[Path, str]]) -> str:
-    """Pictures (file, caption) that share one place, with a control over which shows: the last before, or without, the script."""
-    images: list[str] = []
-    for path, caption in reversed(frames):
-        frame = picture(path, f"Samples at {caption}", 640, f'data-caption="{text(caption)}"' + (" hidden" if images else ""))
-        images += [frame] if frame else []
-    if not images:
-        return ""
-    last = len(images) - 1
-    control = f'<input type="range" min="0" max="{last}" value="{last}" autocomplete="off">'
-    label = f'<label class="slider" hidden><span>Time</span>{control}<output></output></label>'
-    return f'<div class="frames">{label}{"".join(reversed(images))}</div>'
-
-
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
@@ -257,16 +224,3 @@ def document(title: str, header: str, sections: Sequence[Section]) -> str:
     links = "".join(f'<a href="#{part.name}">{part.title}</a>' for part in shown)
     template = Template(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
     return template.substitute(title=text(title), header=header, links=links, parts="\n".join(part.html() for part in shown))
-
-
-def joint_slider(frames: Sequence[tuple[str, str]]) -> str:
-    """Groups (caption, finished content) that share one place, with a control over which shows: the last without the script."""
-    last = len(frames) - 1
-    groups = [
-        f'<div class="side-by-side" data-caption="{caption}"{"" if index == last else " hidden"}>{content}</div>'
-        for index, (caption, content) in enumerate(frames)
-    ]
-    control = f'<input type="range" min="0" max="{last}" value="{last}" autocomplete="off">'
-    return (
-        f'<div class="frames"><label class="slider" hidden><span>Progress</span>{control}<output></output></label>{"".join(groups)}</div>'
-    )

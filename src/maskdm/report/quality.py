@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from maskdm.report import charts, page
-from maskdm.report.page import Json, as_list, as_object, as_objects, count, finite, number, percent, text, word
+from maskdm.report import charts, images, page
+from maskdm.report.page import Json, as_list, as_object, as_objects, count, estimate, finite, interval, number, percent, text, word
 from maskdm.report.state import Run
-from maskdm.report.training import interval, trend
+from maskdm.report.training import early_stops, trend
 
 _MEASURES = (
     (
@@ -40,16 +38,30 @@ _HELDOUT = {
 
 
 def verdicts(run: Run) -> str:
-    """What there is to say, in sentences."""
-    said = [*map(text, as_list(run.measures.get("verdicts"))), trend(run)]
-    return page.bullets([sentence for sentence in said if sentence], "verdict")
+    """What there is to say, in sentences; what leads up to a colon stands out."""
+    said = [*(text(each).replace(" %", f"{page.GAP}%") for each in as_list(run.measures.get("verdicts"))), *early_stops(run), trend(run)]
+    sentences: list[str] = []
+    for sentence in filter(None, said):
+        head, colon, rest = sentence.partition(": ")
+        sentences.append(f"<b>{head}:</b> {rest}" if colon and len(head) <= 60 else sentence)
+    return f'<div class="short"><h2>In short</h2>{page.bullets(sentences, "verdict")}</div>' if sentences else ""
 
 
-def measured(measures: Json, key: str, show: Callable[[float | None], str]) -> str:
-    """A figure for people, its interval below it."""
-    ends = interval(measures, key)
-    span = f"<small>{show(ends[0])} to {show(ends[1])}</small>" if ends else ""
-    return show(finite(measures, key)) + span
+def headline(run: Run) -> tuple[str, str, str] | None:
+    """Name, figure and remark of the distance to look at first."""
+    key = str(run.measures.get("headline", "kernel_distance"))
+    known = {name: title for title, name, _, _ in _MEASURES}
+    if key not in known or finite(run.measures, key) is None:
+        return None
+    ends, real = interval(run.measures, key), finite(run.measures, f"{key}_heldout")
+    span = f"{number(ends[0])} to {number(ends[1])}" if ends else ""
+    new = f"new real images: {number(real)}" if real is not None else ""
+    return _title(run.measures, key, known[key]), number(finite(run.measures, key)), "; ".join(filter(None, (span, new)))
+
+
+def _title(measures: Json, key: str, name: str) -> str:
+    """Only the published network's distance is a FID."""
+    return "FID" if key == "frechet_distance" and finite(measures, "fid") is not None else name
 
 
 def quality(run: Run) -> str:
@@ -58,10 +70,11 @@ def quality(run: Run) -> str:
     if not measures:
         return '<p class="soft">Samples are not measured yet: <code>maskdm evaluate RUN</code> does it.</p>'
     rows: list[list[str]] = []
-    for name, key, show, meaning in _MEASURES:
+    first = measures.get("headline")
+    for name, key, show, meaning in sorted(_MEASURES, key=lambda measure: measure[1] != first):
         if measures.get(key) is not None:
-            title = "FID" if key == "frechet_distance" and measures.get("fid") is not None else name
-            rows.append([title, measured(measures, key, show), measured(measures, _HELDOUT.get(key, f"{key}_heldout"), show), meaning])
+            real = estimate(measures, _HELDOUT.get(key, f"{key}_heldout"), show)
+            rows.append([_title(measures, key, name), estimate(measures, key, show), real, meaning])
     features = as_object(measures.get("features"))
     carried = as_object(measures.get("provenance")) | {f"features: {key}": value for key, value in features.items()}
     origin = [f"{text(key)}: {text(value)}" for key, value in carried.items() if value is not None]
@@ -71,23 +84,37 @@ def quality(run: Run) -> str:
     )
     found = page.table("Measures", ["Measure", "Samples", "Held-out real images", "Meaning"], rows, wide=True)
     details = f"<details><summary>How it was measured</summary>{page.bullets(origin)}</details>"
-    return f'{found}<p class="soft">{note}</p>{_classes(measures)}{_history(run)}{details}'
+    return f'{found}{_bias(measures)}<p class="soft">{note}</p>{_classes(measures)}{_history(run)}{details}'
+
+
+def _bias(measures: Json) -> str:
+    """How much of the Frechet distance the small number of images may make up, in words."""
+    distance, halves = finite(measures, "frechet_distance"), finite(measures, "frechet_distance_halves")
+    if distance is None or halves is None:
+        return ""
+    each = finite(measures, "frechet_distance_halves_count")
+    size = f" ({number(each)} images each)" if each else ""
+    said = f"Few images make a Frechet distance too large: even two halves of the real ones{size} are {number(halves)} apart."
+    endless = finite(measures, "frechet_distance_infinity")
+    if endless is not None:
+        said += f" The samples' {number(distance)} would be about {number(endless)} with endless images."
+    return f"<p>{said}</p>"
 
 
 def _classes(measures: Json) -> str:
-    rows = [
-        [
-            word(each, "name"),
-            count(each, "num_samples"),
-            measured(each, "class_accuracy", percent),
-            measured(each, "kernel_distance", number),
-        ]
-        for each in as_objects(measures.get("classes"))
-    ]
+    """The classes, the one farthest from the real images first."""
+    found = sorted(as_objects(measures.get("classes")), key=lambda each: -page.amount(each, "kernel_distance"))
+    every = [end for each in found for end in interval(each, "kernel_distance") or (page.amount(each, "kernel_distance"),)]
+    rows: list[list[str]] = []
+    for each in found:
+        low, high = min(0.0, *every), max(every)
+        drawn = charts.whisker(finite(each, "kernel_distance"), interval(each, "kernel_distance"), low, high)
+        row = [word(each, "name"), count(each, "num_samples"), estimate(each, "class_accuracy", percent)]
+        rows.append([*row, estimate(each, "kernel_distance", number), drawn])
     if not rows:
         return ""
-    drawn = page.table("Classes", ["Class", "Samples", "Recognised", "Kernel distance"], rows)
-    return f"<details><summary>Class by class</summary>{drawn}</details>"
+    shown = page.table("Classes", ["Class", "Samples", "Recognised", "Kernel distance", "from 0"], rows)
+    return f"<details><summary>Class by class, the farthest from real first</summary>{shown}</details>"
 
 
 def _history(run: Run) -> str:
@@ -100,7 +127,7 @@ def _history(run: Run) -> str:
         how, features = as_object(each.get("provenance")), as_object(each.get("features"))
         other = "" if features.get("hash") == latest else "<small>other features: does not compare</small>"
         row = [word(how, "created"), word(how, "weights"), f"{word(how, 'scheduler')}, {word(how, 'steps')} steps", count(how, "guidance")]
-        row += [count(each, "num_samples"), measured(each, "kernel_distance", number), measured(each, "frechet_distance", number)]
+        row += [count(each, "num_samples"), estimate(each, "kernel_distance", number), estimate(each, "frechet_distance", number)]
         rows.append([*row, f"{word(features, 'name')}{other}"])
     head = ["When", "Weights", "Sampler", "Guidance", "Samples", "Kernel distance", "Frechet distance", "Features"]
     return f"<details><summary>All evaluations ({len(run.evaluations)})</summary>{page.table('Evaluations', head, rows)}</details>"
@@ -109,29 +136,34 @@ def _history(run: Run) -> str:
 def copies(run: Run) -> str:
     """The share of suspected copies, the worst pairs, and typical neighbours."""
     found = as_object(run.measures.get("copies"))
-    if not found:
-        return ""
-    shares = [
-        ["Samples", measured(found, "share", percent), "near-copies of training images"],
-        ["Held-out real images", measured(found, "heldout_share", percent), "what this test says of new images: to be expected"],
-    ]
-    shown = page.table("Suspected copies", ["Of", "Suspected", ""], shares, wide=True)
-    note = "Each column: a sample above the training image that it resembles most suspiciously, the most suspicious first."
-    shown += page.figure(run.folder / "copies.png", "The samples most like training images, above those", note, 900)
-    rows = [
-        [
-            f"#{count(pair, 'sample')}",
-            word(pair, "name"),
-            count(pair, "ratio"),
-            f"{word(pair, 'space')}{', mirrored' if pair.get('mirrored') else ''}",
-        ]
-        for pair in as_objects(found.get("worst"))
-    ]
-    table = page.table("Most suspicious pairs", ["Sample", "Training image", "Ratio", "Seen in"], rows)
-    limit = f"Suspected: the nearest training image is less than {count(found, 'threshold')} times as far away as the tenth nearest."
-    shown += f'<p class="soft">{limit}</p><details><summary>The pairs by name</summary>{table}</details>'
     below = "Above: samples, not chosen. Below each: the training image nearest in features. Alike is good; the same picture is a copy."
-    return shown + page.figure(run.folder / "neighbours.png", "Samples above the training images nearest to them", below, 900)
+    nearest = images.strip(run.folder / "neighbours.png", "Samples above the training images nearest to them", below)
+    if not found:
+        return nearest
+    rows = [["Suspected near-copies", *(estimate(found, key, percent) for key in ("share", "heldout_share"))]]
+    for space in ("features", "pixels"):
+        if finite(found, f"{space}_ratio") is not None:
+            rows.append([f"Nearest training image, in {space}", estimate(found, f"{space}_ratio", number), "1"])
+    shown = page.table("Suspected copies", ["", "Samples", "New real images"], rows)
+    limit = (
+        f"Suspected: the nearest training image is less than {count(found, 'threshold')} times as far away as the tenth nearest. "
+        "Nearest: its median distance, that of new real (held-out) images being 1; far below 1 is copying."
+    )
+    note = "The most suspicious: each sample above the training image that it resembles, the worst pair first."
+    worst = images.strip(run.folder / "copies.png", "The samples most like training images, above those", note)
+    return f'{shown}<p class="soft">{limit}</p>{worst}{_pairs(found)}{nearest}'
+
+
+def _pairs(found: Json) -> str:
+    rows: list[list[str]] = []
+    for pair in as_objects(found.get("worst")):
+        shift = [number(finite({"by": by}, "by")) for by in as_list(pair.get("shift"))]
+        how = ["mirrored"] if pair.get("mirrored") else []
+        how += [f"shifted by {', '.join(shift)}"] if any(by != "0" for by in shift) else []
+        place = ", ".join([word(pair, "space"), *how])
+        rows.append([f"#{count(pair, 'sample')}", word(pair, "name"), count(pair, "ratio"), place])
+    table = page.table("Most suspicious pairs", ["Sample", "Training image", "Ratio", "Seen in"], rows)
+    return f"<details><summary>These pairs by name</summary>{table}</details>" if rows else ""
 
 
 def colour(run: Run) -> str:
@@ -146,12 +178,15 @@ def colour(run: Run) -> str:
         verdict = "<b>drift</b>" if each.get("drift") else "as real"
         shares = [percent(finite(each, key)) for key in ("samples", "real")]
         rows.append([word(each, "name"), *shares, percent(finite(each, "difference")) + span, verdict])
-    drawn = [
-        charts.histogram(str(each.get("channel")), *(_shares(each, key) for key in ("samples", "real")))
-        for each in as_objects(found.get("histograms"))
-    ]
+    moved = {str(each.get("channel")): each for each in as_objects(found.get("histogram_distance"))}
+    drawn: list[str] = []
+    for each in as_objects(found.get("histograms")):
+        name = str(each.get("channel"))
+        far = moved.get(name, {})
+        note = f"{count(far, 'samples')} of 255 apart; real halves: {count(far, 'halves')}" if far else ""
+        drawn.append(charts.histogram(name, _shares(each, "samples"), _shares(each, "real"), note))
     table = page.table("Colour and contrast", ["Of the range", "Samples", "Real", "Difference", "Verdict"], rows)
-    note = '<p class="soft">Line: samples; filled: real images; left dark, right bright.</p>'
+    note = '<p class="soft">Line: samples; filled: real images; left dark, right bright; heights are roots of the shares.</p>'
     return f'<p>{word(found, "verdict")}</p>{table}<div class="row">{"".join(drawn)}</div>{note}'
 
 

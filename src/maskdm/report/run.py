@@ -10,14 +10,14 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from maskdm.report import page
-from maskdm.report.page import Json, amount, as_list, as_object, count, finite, number, percent, text, word
-from maskdm.report.quality import colour, copies, quality, verdicts
+from maskdm.report import images, page
+from maskdm.report.page import Json, amount, as_list, count, finite, number, percent, text, word
+from maskdm.report.quality import colour, copies, headline, quality, verdicts
 from maskdm.report.state import Run, is_masked, read_run, speed_up
-from maskdm.report.training import best, curves, stage_table
+from maskdm.report.training import best, curves, overfitting, stage_table
 
-MAX_FRAMES, MOST_BYTES = 24, 3_000_000
-"""Grids over time inside the page, and their bytes: more would make it heavy."""
+MAX_FRAMES = 24
+"""Grids over time inside the page: more would make it heavy."""
 
 
 def write_report(run: Path) -> Path:
@@ -38,7 +38,7 @@ def _size(data: Json) -> str:
 
 
 def _summary(run: Run) -> str:
-    data, environment = as_object(run.card.get("data")), as_object(run.card.get("environment"))
+    data, environment = run.data, run.environment
     classes = len(as_list(data.get("classes")))
     kind = {1.0: "gray", 3.0: "colour"}.get(amount(data, "channels"), "")
     traits = ", ".join(filter(None, (_size(data), kind, f"{classes} classes" if classes else "")))
@@ -61,11 +61,11 @@ def _summary(run: Run) -> str:
 
 
 def _facts(run: Run) -> str:
-    environment = as_object(run.card.get("environment"))
+    environment = run.environment
     place = f"{word(environment, 'device')}, {word(environment, 'precision')}"
     facts = [
         ("Training time", page.duration(run.seconds), place),
-        ("Images seen", number(sum(amount(stage, "images") for stage in run.stages)), "repetitions counted"),
+        ("Images seen", number(run.images), "repetitions counted"),
         ("Parameters", count(run.card, "parameters"), text(run.card.get("model", ""))),
     ]
     flops = finite(run.card, "flops")
@@ -73,47 +73,52 @@ def _facts(run: Run) -> str:
         rate = page.scaled(flops / max(run.seconds, 1e-9), "FLOP/s")
         facts.insert(2, ("Arithmetic", page.scaled(flops, "FLOP"), f"{rate} while training"))
     masked = next((stage for stage in run.stages if is_masked(stage)), None)
+    losses = [loss for _, loss in run.heldout()]
+    if losses:
+        facts.append(("Held-out loss", number(losses[-1]), f"lowest {number(min(losses))}"))
+    distance = headline(run)
+    facts += [distance] if distance else []
     if masked:
         facts.append(("Masked stage's speed", *speed_up(run, masked)))
     return page.tiles(facts)
 
 
 def _header(run: Run) -> str:
-    status = run.status
     error = f'<p class="error" role="alert">{text(run.card["error"])}</p>' if run.card.get("error") else ""
     return (
-        f'<div class="title"><h1>{text(run.folder.resolve().name)}</h1><span class="badge {status}">{run.status_words}</span></div>'
-        f'<p class="lead">{_summary(run)}</p>{error}<p class="soft">As of {run.updated:%Y-%m-%d %H:%M:%S}.{_next(run)}</p>'
-        f"{verdicts(run)}{_facts(run)}"
+        f'<div class="title"><h1>{text(run.label)}</h1>{run.badge}<span class="soft">as of {run.updated:%Y-%m-%d %H:%M:%S}</span></div>'
+        f'<p class="lead">{_summary(run)}</p>{error}{_next(run)}{verdicts(run)}{_facts(run)}'
     )
 
 
 def _next(run: Run) -> str:
     """What to do where a run is not done."""
     folder = text(shlex.quote(str(run.folder)))
+    if run.status == "finished":
+        return ""
     if run.status == "running":
-        return f" <code>maskdm report {folder}</code> brings this page up to date."
-    return "" if run.status == "finished" else " The same command goes on where it stopped; see the end of this page."
+        return f"<p>This page does not change by itself: <code>maskdm report {folder}</code> brings it up to date.</p>"
+    return f"<p>The same command goes on where it stopped: <code>{text(run.card.get('command', 'maskdm train'))}</code></p>"
 
 
 # --- sections -----------------------------------------------------------------------------------------------------
 
 
 def _samples(run: Run) -> str:
-    name = as_object(run.card.get("data")).get("name", "the data")
+    name = run.data.get("name", "the data")
     note = "Drawn from noise by the averaged (EMA) weights, with real images beside them as the picture's labels say."
-    drawn = page.figure(run.folder / "samples.png", f"Grid of generated images of {name} beside real ones", note, 760)
+    drawn = images.figure(run.folder / "samples.png", f"Grid of generated images of {name} beside real ones", note, 760)
     return drawn or '<p class="soft">No final samples yet: they are drawn when the training ends, or by <code>maskdm sample</code>.</p>'
 
 
 def _denoising(run: Run) -> str:
     note = "A row per image, from noise on the left to the sample on the right."
-    return page.figure(run.folder / "denoising.png", "Images on their way from noise to sample", note, 900)
+    return images.figure(run.folder / "denoising.png", "Images on their way from noise to sample", note, 900)
 
 
 def _masks(run: Run) -> str:
     note = "Above: training images. Below: what is left of them. The network computes nothing for the gray patches."
-    return page.figure(run.folder / "masks.png", "Training images with the hidden patches covered", note, 900)
+    return images.figure(run.folder / "masks.png", "Training images with the hidden patches covered", note, 900)
 
 
 def _frames(run: Run) -> str:
@@ -122,17 +127,18 @@ def _frames(run: Run) -> str:
     } or {f"samples/{path.name}": path.stem for path in sorted((run.folder / "samples").glob("*.png"))}
     root = run.folder.resolve()
     files = [file for file in captions if (root / file).resolve().is_relative_to(root) and (root / file).is_file()]
-    size = sum((root / file).stat().st_size for file in files) / max(1, len(files))
-    num = min(len(files), MAX_FRAMES, max(2, int(MOST_BYTES / max(size, 1))))
+    num = min(len(files), MAX_FRAMES)
     chosen = [files[round(index * (len(files) - 1) / max(1, num - 1))] for index in range(num)]
-    control = page.slider([(root / file, captions[file]) for file in chosen])
+    control = images.slider([(root / file, captions[file]) for file in chosen]) if chosen else ""
     left_out = f" {num} of {len(files)} grids are shown here." if num < len(files) else ""
+    paths = [root / file for file in chosen]
+    left_out += images.shrunk(paths, images.allowance(paths)) if paths else ""
     note = f'<p class="soft">Arrow keys move the slider.{left_out}</p>'
     return control and control + note
 
 
 def _data(run: Run) -> str:
-    data = as_object(run.card.get("data"))
+    data = run.data
     if not data:
         return ""
     classes = [text(name) for name in as_list(data.get("classes"))]
@@ -155,7 +161,7 @@ def _repeat(run: Run) -> str:
     train = str(run.card.get("command", "maskdm train DATA --out RUN"))
     sample, evaluate = f"maskdm sample {folder} --num 64 --out samples", f"maskdm evaluate {folder} --num 1000"
     known: Json = {"maskdm": run.card.get("version"), "created": run.card.get("created"), "seed": run.card.get("seed")}
-    known |= as_object(run.card.get("environment"))
+    known |= run.environment
     rows = [[text(key), text(value)] for key, value in known.items() if value is not None]
     config = f'<details><summary>The whole configuration</summary><pre tabindex="0">{text(run.config)}</pre></details>'
     return (
@@ -170,8 +176,8 @@ def _render(run: Run) -> str:
         ("quality", "How good is it?", quality),
         ("copies", "Does it copy?", copies),
         ("colour", "Colour and contrast", colour),
-        ("stages", "Stages", stage_table),
-        ("loss", "Loss", lambda run: curves(run) + best(run)),
+        ("stages", "Stages and speed", stage_table),
+        ("loss", "Loss", lambda run: curves(run) + best(run) + overfitting(run)),
         ("time", "Samples over time", _frames),
         ("denoising", "From noise to image", _denoising),
         ("masks", "What the masked stage sees", _masks),
@@ -179,5 +185,5 @@ def _render(run: Run) -> str:
         ("choices", "Chosen automatically", lambda run: page.bullets([text(choice) for choice in as_list(run.card.get("choices"))])),
         ("repeat", "To repeat it", _repeat),
     ]
-    title = f"{run.folder.resolve().name} - maskdm"
+    title = f"{run.label} - maskdm"
     return page.document(title, _header(run), [page.Section(name, heading, build(run)) for name, heading, build in parts])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from maskdm.errors import UserError
 from maskdm.report import page
-from maskdm.report.page import Json, amount, as_object, finite, percent
+from maskdm.report.page import Json, amount, as_object, finite, number, percent
+
+Line = list[tuple[float, float]]
 
 _WORDS = {
     "finished": "finished",
@@ -22,9 +25,13 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run directory. `card`: run.json; `events`: metrics.jsonl; `measures`: metrics.json; all may be incomplete."""
+    """The files of a run directory. `card`: run.json; `events`: metrics.jsonl; `measures`: metrics.json; all may be incomplete.
+
+    `label` tells the run from others on the page; `updated`: when it last wrote its files.
+    """
 
     folder: Path
+    label: str
     card: Json
     events: list[Json]
     measures: Json
@@ -32,6 +39,16 @@ class Run:
     sweep: Json
     config: str
     updated: datetime
+
+    @property
+    def data(self) -> Json:
+        """What run.json says of the data."""
+        return as_object(self.card.get("data"))
+
+    @property
+    def environment(self) -> Json:
+        """What run.json says of machine and versions."""
+        return as_object(self.card.get("environment"))
 
     @property
     def stages(self) -> list[Json]:
@@ -44,6 +61,11 @@ class Run:
         return sum((amount(stage, "seconds") for stage in self.stages), 0.0)
 
     @property
+    def images(self) -> float:
+        """Seen in training, repetitions counted."""
+        return sum((amount(stage, "images") for stage in self.stages), 0.0)
+
+    @property
     def status(self) -> str:
         """finished, failed, running, stopped, or killed: said to be running, by a process that is gone from this machine."""
         status = self.card.get("status")
@@ -52,13 +74,41 @@ class Run:
         return "killed" if _is_gone(as_object(self.card.get("process"))) else "running"
 
     @property
-    def status_words(self) -> str:
-        """The status as the page names it."""
-        return _WORDS[self.status]
+    def badge(self) -> str:
+        """The status as a page shows it."""
+        status = self.status
+        return f'<span class="badge {status}">{_WORDS[status]}</span>'
 
     def named(self, event: str) -> list[Json]:
         """The events of a name, in order."""
         return [record for record in self.events if record.get("event") == event]
+
+    def heldout(self) -> Line:
+        """(training seconds, held-out loss), in the order of measuring."""
+        return page.points(self.named("heldout"), "seconds", "loss")
+
+    def heldout_by_images(self) -> Line:
+        """(images seen in all stages so far, held-out loss)."""
+        return self._heldout_by({})
+
+    def heldout_by_flops(self) -> Line:
+        """(arithmetic of all stages so far, held-out loss); empty where a stage's is not known."""
+        costs = {str(stage.get("name")): amount(stage, "flops") / max(amount(stage, "images"), 1) for stage in self.stages}
+        return self._heldout_by(costs) if costs and all(costs.values()) else []
+
+    def _heldout_by(self, costs: Json) -> Line:
+        """The spending from the `train` records, which count images within their stage; an image costs 1 unless `costs` says otherwise."""
+        line: Line = []
+        before, within, stage = 0.0, 0.0, None
+        for record in self.events:
+            if record.get("event") == "train":
+                if record.get("stage") != stage:
+                    before, within, stage = before + within, 0.0, record.get("stage")
+                within = max(within, amount(record, "images") * costs.get(str(stage), 1.0))
+            elif record.get("event") == "heldout":
+                loss = finite(record, "loss")
+                line += [(before + within, loss)] if loss and loss > 0 else []
+        return line
 
 
 def _is_gone(process: Json) -> bool:
@@ -76,8 +126,8 @@ def _is_gone(process: Json) -> bool:
         return False
 
 
-def read_run(run: Path) -> Run:
-    """Read a run directory. Raises UserError when it is none."""
+def read_run(run: Path, label: str | None = None) -> Run:
+    """Read a run directory; its label is the folder's name unless given. Raises UserError when it is none."""
     card = run / "run.json"
     if not card.is_file():
         raise UserError(f"{run} has no run.json; is it a run directory of `maskdm train`?")
@@ -87,6 +137,7 @@ def read_run(run: Path) -> Run:
     updated = max(path.stat().st_mtime for path in (card, run / "metrics.jsonl") if path.is_file())
     return Run(
         folder=run,
+        label=run.resolve().name if label is None else label,
         card=content,
         events=page.read_events(run / "metrics.jsonl"),
         measures=page.parse(page.read_text(run / "metrics.json")),
@@ -97,22 +148,50 @@ def read_run(run: Path) -> Run:
     )
 
 
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Runs with labels that tell them apart. Raises UserError when a folder is no run directory, or is named twice."""
+    places = [folder.resolve() for folder in folders]
+    for index, place in enumerate(places):
+        if place in places[:index]:
+            raise UserError(f"{folders[index]} is given twice; name each run once")
+    return [read_run(folder, label) for folder, label in zip(folders, _labels(places), strict=True)]
+
+
+def _labels(places: Sequence[Path]) -> list[str]:
+    """The last part of each path, and for those that share it as many more as it takes."""
+    labels: list[str] = []
+    for place in places:
+        others = [other.parts for other in places if other != place]
+        tails = (place.parts[-length:] for length in range(1, len(place.parts) + 1))
+        tail = next((tail for tail in tails if all(other[-len(tail) :] != tail for other in others)), place.parts)
+        labels.append(str(Path(*tail)))
+    return labels
+
+
 def is_masked(stage: Json) -> bool:
     """Whether a stage hides patches."""
     return amount(stage, "hidden") > 0
 
 
-def speed_up(run: Run, stage: Json) -> tuple[str, str]:
-    """The stage's measured speed-up over whole images, and the ideal one with the share of it that was reached.
-
-    The last whole-image stage is what masking is measured against.
-    """
+def gain(run: Run, stage: Json) -> tuple[float | None, float | None]:
+    """The stage's speed-up in images per second over the run's last whole-image stage; the share of the ideal one that this is."""
     rates = [finite(other, "images_per_second") for other in run.stages if not is_masked(other)]
     reference = next((rate for rate in reversed(rates) if rate), None)
     rate, ideal = finite(stage, "images_per_second"), finite(stage, "ideal_speedup")
     measured = rate / reference if rate and reference else None
-    share = f"{percent(measured / ideal)} of the " if measured and ideal else ""
-    return f"{measured:.2f}\u00d7" if measured else "&ndash;", f"{share}ideal {ideal:.2f}\u00d7" if ideal else ""
+    return measured, measured / ideal if measured and ideal else None
+
+
+def times(factor: float | None) -> str:
+    """2.061 -> '2.06x'."""
+    return f"{factor:.2f}\u00d7" if factor else number(None)
+
+
+def speed_up(run: Run, stage: Json) -> tuple[str, str]:
+    """The stage's measured speed-up over whole images, and the ideal one with the share of it that was reached."""
+    (measured, share), ideal = gain(run, stage), finite(stage, "ideal_speedup")
+    reached = f"{percent(share)} of the " if share else ""
+    return times(measured), f"{reached}ideal {times(ideal)}" if ideal else ""
 
 
 def colors(run: Run) -> dict[str, int]:

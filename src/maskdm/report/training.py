@@ -5,22 +5,33 @@ from __future__ import annotations
 import math
 
 from maskdm.report import charts, page
-from maskdm.report.page import Json, amount, as_object, count, finite, number, percent, word
+from maskdm.report.page import Json, amount, as_object, count, finite, number, percent, text, word
 from maskdm.report.state import Run, colors, is_masked, speed_up
 
 
 def trend(run: Run) -> str:
     """Whether the held-out loss was still falling, from its last quarter of measurements."""
-    losses = [loss for _, loss in page.points(run.named("heldout"), "seconds", "loss")]
+    records = [record for record in run.named("heldout") if amount(record, "loss") > 0 and finite(record, "seconds") is not None]
+    losses = [amount(record, "loss") for record in records]
     if len(losses) < 4:
         return ""
     best, before = min(losses), min(losses[: -max(1, len(losses) // 4)])
     if losses[-1] > 1.03 * best:
-        return f"The held-out loss rose from {number(best)} at its best to {number(losses[-1])}: overfitting, perhaps."
+        known = [finite(record, "train_loss") for record in (records[losses.index(best)], records[-1])]
+        told = f"the held-out loss rose from {number(best)} at its best to {number(losses[-1])}"
+        if known[0] is not None and known[1] is not None and known[1] < known[0]:
+            return f"Overfitting: {told}, while that of training images fell on to {number(known[1])}."
+        return f"Overfitting, perhaps: {told}."
     fall = 1 - best / before
     if fall > 0.01:
         return f"Still improving: the held-out loss fell by {percent(fall)} over the last quarter of its measurements; train longer."
-    return f"The held-out loss has levelled off at {number(losses[-1])}: longer training alone is unlikely to help much."
+    return f"Levelled off: the held-out loss stays at {number(losses[-1])}; longer training alone is unlikely to help much."
+
+
+def early_stops(run: Run) -> list[str]:
+    """Which stages ended before their budget, and why."""
+    ends = run.named("early_stop")
+    return [f"Stage {word(end, 'stage')} ended early: {count(end, 'since')} evaluations without a better one." for end in ends]
 
 
 def stage_table(run: Run) -> str:
@@ -29,28 +40,46 @@ def stage_table(run: Run) -> str:
     for stage in run.stages:
         steps = amount(stage, "steps")
         state = "ended early" if stage.get("ended_early") else "done" if stage.get("done") else "not yet" if not steps else "under way"
-        tokens = f"{count(stage, 'kept')} of {count(run.card, 'tokens')}"
         measured, ideal = speed_up(run, stage) if is_masked(stage) else ("1\u00d7", "by definition")
-        row = [word(stage, "name"), word(stage, "mask"), percent(finite(stage, "hidden")), tokens]
-        row += [f"{number(steps)} steps, {state}<small>budget: {word(stage, 'budget')}</small>", count(stage, "images")]
-        row += [word(stage, "batch"), count(stage, "lr"), page.duration(amount(stage, "seconds")), count(stage, "images_per_second")]
+        seen = f"{percent(1 - amount(stage, 'hidden'))}<small>{count(stage, 'kept')} of {count(run.card, 'tokens')} patches</small>"
+        row = [f"{word(stage, 'name')}<small>mask: {word(stage, 'mask')}</small>", seen]
+        row += [f"{number(steps)} steps, {state}<small>budget: {word(stage, 'budget')}</small>"]
+        row += [f"{count(stage, 'images')}<small>{word(stage, 'batch')} a step</small>", count(stage, "lr")]
+        spent = f"<small>{page.scaled(finite(stage, 'flops'), 'FLOP')}</small>" if finite(stage, "flops") else ""
+        row += [page.duration(amount(stage, "seconds")) + spent, count(stage, "images_per_second")]
         rows.append([*row, f"{measured}<small>{ideal}</small>"])
-    head = ["Stage", "Mask", "Hidden", "Patches", "Progress", "Images", "Batch", "Rate", "Time", "Images/s", "Speed-up"]
+    head = ["Stage", "Sees", "Progress", "Images", "Learning rate", "Time", "Images/s", "Speed-up"]
     note = (
-        '<p class="soft">Hidden: the true share of the patches that the network does not see. Patches: those it sees. Rate: of learning. '
+        '<p class="soft">Sees: the true share of the patches that the network works on. '
         "Speed-up: in images per second, over whole images in this run; the ideal counts arithmetic only; other load blurs it.</p>"
     )
-    return page.table("Stages", head, rows) + note if rows else ""
+    return page.table("Stages", head, rows) + note + _speed(run) if rows else ""
+
+
+def _by_stage(run: Run, key: str, unit: float) -> list[charts.Series]:
+    """A figure of the `train` records over the time, a line per stage: means, with the single records behind them."""
+    series: list[charts.Series] = []
+    for stage, color in colors(run).items():
+        raw = page.points([record for record in run.named("train") if str(record.get("stage")) == stage], "seconds", key, unit)
+        series.append(charts.Series(stage, charts.smooth(raw), color, faint=raw[:: math.ceil(len(raw) / 800) or 1]))
+    return series
+
+
+def _clock(run: Run) -> tuple[float, str]:
+    return page.clock(max((amount(record, "seconds") for record in run.events), default=0.0))
+
+
+def _speed(run: Run) -> str:
+    unit, name = _clock(run)
+    series, marks = _by_stage(run, "images_per_second", unit), page.stage_starts(run.events, unit)
+    drawn = charts.chart("Speed", f"training time, {name}", "images per second", series, marks, logarithmic=False)
+    return f'<div class="charts">{drawn}</div>' if drawn else ""
 
 
 def curves(run: Run) -> str:
     """Training loss by stage, held-out beside training images, by noise level, and the kernel distance."""
-    unit, name = page.clock(max((amount(record, "seconds") for record in run.events), default=0.0))
+    unit, name = _clock(run)
     train, marks = run.named("train"), page.stage_starts(run.events, unit)
-    series: list[charts.Series] = []
-    for stage, color in colors(run).items():
-        raw = page.points([record for record in train if str(record.get("stage")) == stage], "seconds", "loss", unit)
-        series.append(charts.Series(stage, charts.smooth(raw), color, faint=raw[:: math.ceil(len(raw) / 800) or 1]))
     note = "Faint: single records; strong: their means."
     if any(map(is_masked, run.stages)):
         note += " A masked and a whole-image training loss measure different tasks and cannot be compared; the held-out loss can."
@@ -58,12 +87,14 @@ def curves(run: Run) -> str:
     if lost:
         note += f" {lost} of {len(train)} records hold no finite loss: the training diverged there."
     x_label, heldout = f"training time, {name}", run.named("heldout")
+    found = _best(run, "loss")
+    line = page.points(heldout, "seconds", "loss", unit)
     measured = [
-        charts.Series("held-out images", page.points(heldout, "seconds", "loss", unit), 1, dots=True),
+        charts.Series("held-out images", line, 1, dots=True, best=found and (found[0] / unit, found[1])),
         charts.Series("training images", page.points(heldout, "seconds", "train_loss", unit), 2, dots=True),
     ]
-    told = "Whole images, in one target (the noise) for every stage, of the averaged weights: lower is better. Apart: learnt by heart."
-    drawn = charts.chart("Training loss", x_label, "loss", series, marks, note)
+    told = "Whole images, in one target (the noise) for every stage, by the averaged weights. Where the two part, it learns by heart."
+    drawn = charts.chart("Training loss", x_label, "loss", _by_stage(run, "loss", unit), marks, note)
     drawn += charts.chart("Loss on whole images", x_label, "noise loss", measured, marks, told)
     drawn += _levels(heldout) + _distances(run, unit, x_label, marks) + _sweep(run)
     return f'<div class="charts">{drawn}</div>' if drawn else '<p class="soft">Nothing has been measured yet.</p>'
@@ -89,25 +120,42 @@ def _distances(run: Run, unit: float, x_label: str, marks: list[tuple[float, str
     bars: list[tuple[float, float, float]] = []
     for record in run.named("evaluate"):
         x, y = finite(record, "seconds"), finite(record, "kernel_distance")
-        low, high = interval(record, "kernel_distance") or (None, None)
+        low, high = page.interval(record, "kernel_distance") or (None, None)
         if x is not None and y is not None:
             line.append((x / unit, y))
             bars += [(x / unit, low, high)] if low is not None and high is not None else []
-    series = [charts.Series("samples", line, 3, dots=True, bars=bars)]
-    note = "Kernel distance of samples to training images, with its 95 % interval: lower is better, about 0 is as good as new."
+    found = _best(run, "kernel_distance")
+    series = [charts.Series("samples", line, 3, dots=True, bars=bars, best=found and (found[0] / unit, found[1]))]
+    note = "Kernel distance of a few samples to training images, with its 95 % interval: lower is better, about 0 is as good as new."
     return charts.chart("Distance of samples on the way", x_label, "kernel distance", series, marks, note, logarithmic=False)
 
 
 def _sweep(run: Run) -> str:
-    points = [(finite(point, "sigma_rel"), finite(point, "value")) for point in page.as_objects(run.sweep.get("points"))]
-    line = [(x, y) for x, y in points if x is not None and y is not None]
+    points = page.as_objects(run.sweep.get("points"))
+    values = page.points(points, "sigma_rel", "value")
+    drawn = charts.Series("averages of this length", values, 4, dots=True)
+    said = f"Post-hoc averages of the weights ({word(run.sweep, 'measure')}); the best is {word(run.sweep, 'best')} of the stage"
+    ends = [(finite(point, "sigma_rel"), finite(point, "difference"), page.interval(point, "difference")) for point in points]
+    known = [(x, y, *span) for x, y, span in ends if x is not None and y is not None and span]
+    if points and len(known) == len(points):  # on the same images, which tells more than two figures with an interval each
+        bars = [(x, low, high) for x, _, low, high in known]
+        line = charts.Series("averages of this length", [(x, y) for x, y, _, _ in known], 4, dots=True, bars=bars)
+        note = f"{said}. Below 0: better than the average that training kept ({count(as_object(run.sweep.get('ordinary')), 'value')})."
+        return charts.chart("Length of the average", "sigma_rel", "difference", [line], note=note, logarithmic=False)
     ordinary = finite(as_object(run.sweep.get("ordinary")), "value")
-    series = [charts.Series("averages of this length", line, 4, dots=True)]
-    if line and ordinary is not None:
-        series.append(charts.Series("the average that training kept", [(line[0][0], ordinary), (line[-1][0], ordinary)], 1))
-    note = f"Post-hoc averages of the weights ({word(run.sweep, 'measure')}); the best is {word(run.sweep, 'best')} of the stage."
-    positive = all(y > 0 for each in series for _, y in each.points)
-    return charts.chart("Length of the average", "sigma_rel", "value", series, note=note, logarithmic=positive)
+    kept = [(values[0][0], ordinary), (values[-1][0], ordinary)] if values and ordinary else []
+    series = [drawn, charts.Series("the average that training kept", kept, 1)]
+    return charts.chart("Length of the average", "sigma_rel", "value", series, note=f"{said}.", logarithmic=all(y > 0 for _, y in kept))
+
+
+def _best(run: Run, key: str) -> tuple[float, float] | None:
+    """(seconds, value) of the best evaluation, if it went by this figure of `heldout` or `evaluate`."""
+    found = run.named("best")
+    if not found or str(found[-1].get("measure")).replace("-", "_").removeprefix("heldout_") != key:
+        return None
+    at = [each for each in run.named("evaluate" if key == "kernel_distance" else "heldout") if each.get("step") == found[-1].get("step")]
+    seconds, value = (finite(at[-1], "seconds"), finite(at[-1], key)) if at else (None, None)
+    return None if seconds is None or value is None else (seconds, value)
 
 
 def best(run: Run) -> str:
@@ -115,17 +163,22 @@ def best(run: Run) -> str:
     said: list[str] = []
     found = run.named("best")
     if found:
-        last = found[-1]
-        said.append(f"Best {word(last, 'measure')}: {count(last, 'value')} at step {count(last, 'step')} (weights in <code>best</code>).")
-    for record in run.named("early_stop"):
-        said.append(f"Stage {word(record, 'stage')} ended early: {count(record, 'since')} evaluations without a better one.")
-    return page.bullets(said)
+        last, name = found[-1], text(str(found[-1].get("measure", "?")).replace("-", " ").replace("_", " ").replace("heldout", "held-out"))
+        said.append(f"Best {name}: {count(last, 'value')} at step {count(last, 'step')} (ringed; its weights are in <code>best</code>).")
+    return page.bullets([*said, *early_stops(run)])
 
 
-def interval(record: Json, key: str) -> tuple[float, float] | None:
-    """The 95 % interval of a figure, where it is there and finite."""
-    ends = page.as_list(record.get(f"{key}_interval"))
-    if len(ends) != 2:
-        return None
-    low, high = (finite({"end": end}, "end") for end in ends)
-    return None if low is None or high is None else (low, high)
+def overfitting(run: Run) -> str:
+    """The loss of the finished weights on training and held-out images, and by noise level; from an evaluation."""
+    found = as_object(run.measures.get("denoising"))
+    levels = page.as_objects(found.get("levels"))
+    if not levels:
+        return ""
+
+    def row(name: str, record: Json) -> list[str]:
+        return [name, count(record, "train"), count(record, "heldout"), page.estimate(record, "gap", number)]
+
+    rows = [row("All levels", found), *(row(f"t = {count(level, 't')}", level) for level in levels)]
+    shown = page.table("Loss on training and held-out images", ["Noise level", "Training images", "Held-out images", "Gap"], rows)
+    note = "A gap above 0, interval and all, is overfitting. The levels differ by far: compare along a row."
+    return f'<details><summary>Overfitting, level by level</summary>{shown}<p class="soft">{note}</p></details>'
