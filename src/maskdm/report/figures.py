@@ -182,6 +182,10 @@ def _measured(run: RunFiles, key: str, show: Callable[[float | None], str]) -> s
     return show(finite(record, last)) + interval
 
 
+def _column(run: RunFiles) -> str:
+    return f'<span class="run">{text(run.label)}</span>'
+
+
 def _scientific(value: float | None) -> str:
     """1.23e15 -> '1.23 P'."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
@@ -219,7 +223,7 @@ def final_table(runs: Sequence[RunFiles]) -> str:
     note = (
         '<p class="soft">Below a figure: its 95 % interval, over samples and not over seeds. Lower is better for losses and distances.</p>'
     )
-    return page.bullets(remarks, "verdict") + page.table("Final figures", ["Figure", *(text(run.label) for run in runs)], rows) + note
+    return page.bullets(remarks, "verdict") + page.table("Final figures", ["Figure", *map(_column, runs)], rows) + note
 
 
 def settings_table(runs: Sequence[RunFiles]) -> str:
@@ -232,7 +236,7 @@ def settings_table(runs: Sequence[RunFiles]) -> str:
     rows = [[text(key), *(text(each.get(key, "")) for each in flat)] for key in keys if len({each.get(key) for each in known}) > 1]
     if not rows:
         return lost + ('<p class="soft">Every setting is the same.</p>' if len(known) > 1 else "")
-    return lost + page.table("Settings that differ", ["Setting", *(text(run.label) for run in runs)], rows)
+    return lost + page.table("Settings that differ", ["Setting", *map(_column, runs)], rows)
 
 
 def speed_table(runs: Sequence[RunFiles]) -> str:
@@ -245,5 +249,8 @@ def speed_table(runs: Sequence[RunFiles]) -> str:
             speed += [f"{ideal:.2f}\u00d7" if ideal else number(None), percent(share)]
             rows.append([text(run.label), word(stage, "name"), word(stage, "mask"), word(stage, "batch"), *speed])
     head = ["Run", "Stage", "Mask", "Batch", "Images/s", "Speed-up", "Ideal", "Share of ideal"]
-    note = '<p class="soft">Speed-up: over the whole images of the same run. Ideal: what the arithmetic alone allows.</p>'
+    note = (
+        '<p class="soft">Speed-up: over the whole images of the same run. Ideal: by arithmetic alone. Above 100 % of it, '
+        "the two stages differ in more than arithmetic, and the times above do not show the gain of masking alone.</p>"
+    )
     return page.table("Speed of each stage", head, rows) + note if rows else ""

@@ -63,8 +63,8 @@ class RunFiles:
                     before, within, stage = before + within, 0.0, record.get("stage")
                 within = max(within, amount(record, "images"))
             elif record.get("event") == "heldout":
-                loss = finite(record, "loss")
-                line += [(before + within, loss)] if loss and loss > 0 else []
+                loss, images = finite(record, "loss"), before + within
+                line += [(images, loss)] if images > 0 and loss is not None and loss > 0 else []
         return line
 
     def speeds(self) -> list[tuple[Json, float | None, float | None]]:
