@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from report_helpers import heldout, make_run
-from test_report import HOSTILE, Page
+from test_report import HOSTILE, Page, _card
 
 from maskdm.errors import UserError
 from maskdm.report import compare_runs
 from maskdm.report.figures import first_reach, flatten, names
-from maskdm.report.state import read_runs
+from maskdm.report.state import gain, read_runs
 
 SECTIONS = ["verdict", "figures", "loss", "time", "settings", "speed"]
 SLOW, FAST = heldout([(10, 0.8), (20, 0.4), (30, 0.2)]), heldout([(10, 0.4), (20, 0.2), (30, 0.1)])
@@ -76,7 +76,20 @@ def test_a_rise_at_the_end_counts_by_when_the_loss_was_first_reached(tmp_path: P
 def test_images_are_counted_over_all_stages(tmp_path: Path) -> None:
     (run,) = read_runs([make_run(tmp_path / "a", SLOW)])
     assert run.heldout_by_images() == [(1000.0, 0.8), (2000.0, 0.4), (3000.0, 0.2)]
-    assert [round(share or 0, 2) for _, _, share in run.speeds()] == [0.75, 1.0]  # 900 over 300 images/s, ideal 4
+    (blind,) = read_runs([make_run(tmp_path / "b")])  # its records do not count images
+    assert blind.heldout() and blind.heldout_by_images() == []
+    assert [gain(run, stage) for stage in run.stages] == [(3.0, 0.75), (1.0, 1.0)]  # 900 over 300 images/s, ideal 4
+
+
+def test_arithmetic_is_an_axis_where_all_runs_know_theirs(tmp_path: Path) -> None:
+    masked, whole = _card()["stages"]
+    known = [masked | {"flops": 12800e6}, whole | {"flops": 12800e9}]  # an image costs 1e6, then 1e9
+    first, second = make_run(tmp_path / "a", SLOW, stages=known), make_run(tmp_path / "b", SLOW)
+    assert read_runs([first])[0].heldout_by_flops() == [(1e9, 0.8), (2e9, 0.4), (2e9 + 1e12, 0.2)]
+    assert read_runs([second])[0].heldout_by_flops() == []
+    assert "Against arithmetic" not in words(first, second)
+    third = make_run(tmp_path / "c", FAST, stages=known)
+    assert "Against arithmetic" in words(first, third) and "TFLOP" in words(first, third)
 
 
 def test_figures_stand_side_by_side_with_their_intervals(tmp_path: Path) -> None:

@@ -181,6 +181,10 @@ def _measured(run: Run, key: str, show: Callable[[float | None], str]) -> str:
     return estimate(as_object(run.measures.get("copies")) if key.startswith("copies.") else run.measures, last, show)
 
 
+def _column(run: Run) -> str:
+    return f'<span class="run">{text(run.label)}</span>'
+
+
 def _loss(run: Run) -> str:
     losses = [loss for _, loss in run.heldout()]
     return f"{number(losses[-1])}<small>best {number(min(losses))}</small>" if losses else number(None)
@@ -209,7 +213,7 @@ def final_table(runs: Sequence[Run]) -> str:
     note = (
         '<p class="soft">Below a figure: its 95 % interval, over samples and not over seeds. Lower is better for losses and distances.</p>'
     )
-    return page.bullets(remarks, "verdict") + page.table("Final figures", ["Figure", *(text(run.label) for run in runs)], rows) + note
+    return page.bullets(remarks, "verdict") + page.table("Final figures", ["Figure", *map(_column, runs)], rows) + note
 
 
 def settings_table(runs: Sequence[Run]) -> str:
@@ -222,7 +226,7 @@ def settings_table(runs: Sequence[Run]) -> str:
     rows = [[text(key), *(text(each.get(key, "")) for each in flat)] for key in keys if len({each.get(key) for each in known}) > 1]
     if not rows:
         return lost + ('<p class="soft">Every setting is the same.</p>' if len(known) > 1 else "")
-    return lost + page.table("Settings that differ", ["Setting", *(text(run.label) for run in runs)], rows)
+    return lost + page.table("Settings that differ", ["Setting", *map(_column, runs)], rows)
 
 
 def speed_table(runs: Sequence[Run]) -> str:
@@ -234,5 +238,8 @@ def speed_table(runs: Sequence[Run]) -> str:
             speed = [count(stage, "images_per_second"), times(measured), times(finite(stage, "ideal_speedup")), percent(share)]
             rows.append([text(run.label), word(stage, "name"), word(stage, "mask"), word(stage, "batch"), *speed])
     head = ["Run", "Stage", "Mask", "Batch", "Images/s", "Speed-up", "Ideal", "Share of ideal"]
-    note = '<p class="soft">Speed-up: over the whole images of the same run. Ideal: what the arithmetic alone allows.</p>'
+    note = (
+        '<p class="soft">Speed-up: over the whole images of the same run. Ideal: by arithmetic alone. Above 100 % of it, '
+        "the two stages differ in more than arithmetic, and the times above do not show the gain of masking alone.</p>"
+    )
     return page.table("Speed of each stage", head, rows) + note if rows else ""

@@ -106,8 +106,8 @@ class Run:
                     before, within, stage = before + within, 0.0, record.get("stage")
                 within = max(within, amount(record, "images") * costs.get(str(stage), 1.0))
             elif record.get("event") == "heldout":
-                loss = finite(record, "loss")
-                line += [(before + within, loss)] if loss and loss > 0 else []
+                loss, spent = finite(record, "loss"), before + within
+                line += [(spent, loss)] if spent > 0 and loss is not None and loss > 0 else []
         return line
 
 

@@ -1,0 +1,186 @@
+"""What single parts of a run's page say, from files written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_helpers import make_run
+from test_report import Page, _card, _events, _measures, _picture
+
+from maskdm.report import write_report
+from maskdm.report.charts import histogram, whisker
+from maskdm.report.images import FRAMES, allowance, picture
+from maskdm.report.page import number, scaled
+
+LEVELS = [{"t": 62.5, "train": 0.5, "heldout": 0.6, "gap": 0.1, "gap_interval": [0.05, 0.15]}]
+DENOISING = {"num_images": [1000, 359], "train": 0.2, "heldout": 0.25, "gap": 0.05, "gap_interval": [0.04, 0.06], "levels": LEVELS}
+
+
+def page_of(run: Path) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+def words(run: Path) -> str:
+    return page_of(run).words.replace("\u202f", " ")
+
+
+def in_order(said: str, *parts: str) -> bool:
+    places = [said.find(part) for part in parts]
+    return -1 not in places and places == sorted(places)
+
+
+@pytest.mark.parametrize("key", ["kernel_distance", "frechet_distance"])
+def test_the_distance_to_look_at_comes_first_and_stands_at_the_top(tmp_path: Path, key: str) -> None:
+    said = words(make_run(tmp_path / "a", measures=_measures() | {"headline": key}))
+    both = {"kernel_distance": "Kernel distance", "frechet_distance": "Frechet distance"}
+    other = next(name for each, name in both.items() if each != key)
+    assert in_order(said[said.index("Measure") :], both[key], other)
+    assert in_order(said, "In short", f"{both[key]}{0.002 if key == 'kernel_distance' else 1}", "How good is it?")
+
+
+def test_the_bias_of_few_images_is_told(tmp_path: Path) -> None:
+    halves = {"frechet_distance_halves": 0.9, "frechet_distance_halves_count": 250}
+    said = words(make_run(tmp_path / "a", measures=_measures() | halves | {"frechet_distance_infinity": 0.6}))
+    assert "two halves of the real ones (250 images each) are 0.9 apart" in said and "would be about 0.6 with endless images" in said
+    assert "two halves" not in words(make_run(tmp_path / "b"))
+
+
+def test_a_fid_is_named_so_at_the_top_too(tmp_path: Path) -> None:
+    measures = _measures() | {"headline": "frechet_distance"}
+    assert "FID" not in words(make_run(tmp_path / "a", measures=measures))
+    said = words(make_run(tmp_path / "b", measures=measures | {"fid": 1.0}))
+    assert in_order(said, "In short", "FID1", "How good is it?", "FID1")
+
+
+def test_the_worst_class_comes_first_with_its_interval_drawn(tmp_path: Path) -> None:
+    classes = [{"name": name, "num_samples": 9, "kernel_distance": far} for name, far in (("near", 0.1), ("far", 0.9))]
+    classes[1]["kernel_distance_interval"] = [0.8, 1.0]
+    page = page_of(make_run(tmp_path / "a", measures=_measures() | {"classes": classes}))
+    assert in_order(page.words[page.words.index("Class by class") :], "far", "near")
+    assert len([svg for svg in page.all("svg") if svg.get("class") == "whisker"]) == 2
+
+
+def test_overfitting_is_shown_level_by_level(tmp_path: Path) -> None:
+    said = words(make_run(tmp_path / "a", measures=_measures() | {"denoising": DENOISING}))
+    assert "All levels0.20.250.050.04 to 0.06" in said and "t = 62.50.50.60.10.05 to 0.15" in said
+    assert "level by level" not in words(make_run(tmp_path / "b"))
+
+
+def test_copies_are_told_with_their_calibration_and_how_they_were_seen(tmp_path: Path) -> None:
+    measures = _measures()
+    measures["copies"] |= {"features_ratio": 0.4, "features_ratio_interval": [0.3, 0.5]}
+    said = words(make_run(tmp_path / "a", measures=measures))
+    assert "Suspected near-copies3 %2 % to 5 %0.1 %0 % to 0.4 %" in said
+    assert "Nearest training image, in features0.40.3 to 0.51" in said and "in pixels" not in said
+    assert "cat/17.png0.125pixels, mirrored, shifted by 0, 1" in said
+
+
+def test_a_run_measured_before_copies_were_counted_keeps_its_neighbours(tmp_path: Path) -> None:
+    old = {"nearest_train": {"features_ratio": 0.9}, "kernel_distance": {"value": 1.0, "standard_error": 0.1}, "frechet_distance": 2.0}
+    page = page_of(make_run(tmp_path / "a", measures=old))
+    assert "copies" in page.sections and "colour" not in page.sections
+    assert any("nearest" in str(image["alt"]) for image in page.all("img"))
+
+
+def test_colour_tells_how_far_histograms_are_apart(tmp_path: Path) -> None:
+    measures = _measures()
+    measures["colour"]["histogram_distance"] = [{"channel": "red", "samples": 7.5, "halves": 0.4}]
+    assert "7.5 of 255 apart; real halves: 0.4" in words(make_run(tmp_path / "a", measures=measures))
+
+
+def test_speed_over_time_is_drawn(tmp_path: Path) -> None:
+    events = [event | {"images_per_second": 100.0} if event["event"] == "train" else event for event in _events()]
+    drawn = [svg["aria-label"] for svg in page_of(make_run(tmp_path / "a", events)).all("svg") if svg.get("aria-label")]
+    assert any(str(label).startswith("Speed: masked from 100") for label in drawn)
+
+
+@pytest.mark.parametrize(
+    ("measure", "title"), [("heldout-loss", "Loss on whole images"), ("kernel-distance", "Distance of samples on the way")]
+)
+def test_the_best_evaluation_is_ringed_in_the_chart_of_its_measure(tmp_path: Path, measure: str, title: str) -> None:
+    events = [*_events(), {"event": "best", "step": 320, "stage": "whole", "measure": measure, "value": 0.005}]
+    source = write_report(make_run(tmp_path / "a", events)).read_text(encoding="utf-8")
+    charts = {part.split("</h3>")[0]: part for part in source.split("<h3>")}
+    assert [name for name, part in charts.items() if 'class="ring"' in part.split("</svg>")[0]] == [title]
+
+
+def test_overfitting_seen_on_the_way_names_the_training_images(tmp_path: Path) -> None:
+    losses = [(0.4, 0.4), (0.2, 0.2), (0.3, 0.1), (0.4, 0.05)]
+    events = [{"event": "heldout", "step": i, "seconds": i, "loss": new, "train_loss": old} for i, (new, old) in enumerate(losses)]
+    said = words(make_run(tmp_path / "a", events))
+    assert "Overfitting: the held-out loss rose from 0.2 at its best to 0.4, while that of training images fell on to 0.05." in said
+
+
+def test_averages_are_drawn_against_the_one_that_training_kept(tmp_path: Path) -> None:
+    def sweep(**more: Any) -> dict[str, Any]:
+        points = [{"sigma_rel": s, "value": 0.1 + s, "difference": s - 0.07} | more for s in (0.05, 0.1)]
+        return {"points": points, "measure": "heldout-loss", "best": 0.05, "ordinary": {"value": 0.17}}
+
+    run = make_run(tmp_path / "a")
+    (run / "ema_sweep.json").write_text(json.dumps(sweep(difference_interval=[-0.01, 0.01])))
+    assert "Below 0: better than the average that training kept (0.17)" in words(run)
+    (run / "ema_sweep.json").write_text(json.dumps(sweep(difference_interval=None)))
+    assert "Below 0" not in words(run) and "the average that training kept" in words(run)
+
+
+def test_what_to_do_next_is_said_of_runs_that_are_not_done(tmp_path: Path) -> None:
+    command = "maskdm train digits --out runs/x"
+    for status, hint in (("running", "maskdm report"), ("stopped", command), ("failed", command), ("finished", "")):
+        said = words(make_run(tmp_path / status, status=status))
+        before = said[said.index("as of") : said.index("In short")]
+        assert (hint in before) if hint else ("<code>" not in before and command not in before), status
+    gone = {"pid": 2**22 + 1, "host": __import__("platform").node(), "started": 1.0}
+    said = words(make_run(tmp_path / "killed", status="running", process=gone))
+    assert "ended without a word" in said and "was ended, by a kill" in said
+
+
+def test_large_pictures_under_a_slider_share_one_budget(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (600, 800, 3), dtype=np.uint8)
+    run = make_run(tmp_path / "a")
+    files = sorted((run / "samples").glob("*.png"))
+    for file in files:
+        Image.fromarray(noise).save(file, compress_level=1)
+    assert allowance(files) == FRAMES // len(files) < files[0].stat().st_size
+    page = page_of(run)
+    frames = [str(image["src"]) for image in page.all("img") if "data-caption" in image]
+    assert len(frames) == len(files) == 5
+    assert sum(map(len, frames)) < FRAMES * 4 / 3 and all(frame.startswith("data:image/jpeg") for frame in frames)
+    assert "Shown smaller than the file" in page.words
+    assert "Shown smaller" not in words(make_run(tmp_path / "b"))
+
+
+def test_a_picture_as_it_is_unless_it_is_large(tmp_path: Path) -> None:
+    _picture(tmp_path / "x" / "small.png")
+    small = tmp_path / "x" / "small.png"
+    whole, reduced = picture(small, "x", 320), picture(small, "x", 320, most=10)
+    assert whole and 'class="pixel" width="320" height="160"' in whole and "data:image/png" in whole
+    assert reduced and "data:image/jpeg" in reduced
+    assert picture(tmp_path / "absent.png", "x") is None
+
+
+def test_whiskers_and_histograms_stay_inside_their_frames() -> None:
+    drawn = Page(whisker(0.5, (-3.0, 9.0), 0.0, 1.0))
+    (bar,) = [line for line in drawn.all("line") if line["class"] == "curve"]
+    assert (bar["x1"], bar["x2"]) == ("5.0", "125.0")
+    assert whisker(None, None, 0.0, 1.0) == whisker(0.5, None, 1.0, 1.0) == ""
+    heights = [
+        float(pair.split(",")[1]) for pair in str(Page(histogram("red", [1.0, 0.0], [0.25, 0.75])).all("polyline")[0]["points"]).split()
+    ]
+    assert min(heights) == 6 and max(heights) == 110
+    assert histogram("red", [1.0], []) == ""
+
+
+def test_numbers_that_are_tiny_or_huge() -> None:
+    assert number(1.2e-05) == "1.2 \u00d7 10\u207b\u2075" and number(-0.00012) == "-0.00012"
+    assert scaled(1.25e12, "FLOP").replace("\u202f", " ") == "1.25 TFLOP" and scaled(None, "FLOP") == "&ndash;"
+
+
+def test_the_arithmetic_is_among_the_facts_where_it_is_known(tmp_path: Path) -> None:
+    assert "Arithmetic80 TFLOP2 TFLOP/s while training" in words(make_run(tmp_path / "a", flops=8e13))
+    assert "Arithmetic" not in words(make_run(tmp_path / "b"))
+    assert _card()["stages"][0]["seconds"] + _card()["stages"][1]["seconds"] == 40
