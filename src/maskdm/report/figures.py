@@ -112,9 +112,8 @@ def unlike_measures(runs: Sequence[Run]) -> tuple[list[str], bool, bool]:
         check("The measured data", "provenance.data_hash", void),
         check("Reference images", "reference", void),
     ]
-    biased = check(
-        "Numbers of samples", "num_samples", "the Frechet distance, precision, recall and copies do not compare; the kernel distance does"
-    )
+    rest = "" if any(all_void) else "; the kernel distance does"
+    biased = check("Numbers of samples", "num_samples", f"the Frechet distance, precision, recall and copies do not compare{rest}")
     for key in _SAMPLER:
         check(f"Sampler settings ({key})", f"provenance.{key}", "the figures tell of the sampling as well as of the training")
     return said, any(all_void), biased

@@ -120,7 +120,7 @@ def number(value: int | float | None, digits: int = 3) -> str:
     shown = f"{value:.{digits}g}"
     if "e" in shown:
         base, power = shown.split("e")
-        return f"{base} \u00d7 10{str(int(power)).translate(_RAISED)}"
+        return f"{base}{GAP}\u00d7{GAP}10{str(int(power)).translate(_RAISED)}"
     return shown
 
 

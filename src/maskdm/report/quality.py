@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from maskdm.report import charts, images, page
 from maskdm.report.page import Json, as_list, as_object, as_objects, count, estimate, finite, interval, number, percent, text, word
 from maskdm.report.state import Run
@@ -39,12 +41,17 @@ _HELDOUT = {
 
 def verdicts(run: Run) -> str:
     """What there is to say, in sentences; what leads up to a colon stands out."""
-    said = [*(text(each).replace(" %", f"{page.GAP}%") for each in as_list(run.measures.get("verdicts"))), *early_stops(run), trend(run)]
+    said = [*map(_sentence, as_list(run.measures.get("verdicts"))), *early_stops(run), trend(run)]
     sentences: list[str] = []
     for sentence in filter(None, said):
         head, colon, rest = sentence.partition(": ")
-        sentences.append(f"<b>{head}:</b> {rest}" if colon and len(head) <= 60 else sentence)
+        sentences.append(f"<b>{head}:</b> {rest}" if colon and len(head) <= 80 else sentence)
     return f'<div class="short"><h2>In short</h2>{page.bullets(sentences, "verdict")}</div>' if sentences else ""
+
+
+def _sentence(verdict: object) -> str:
+    """A verdict as escaped text, its shares unbroken at the end of a line."""
+    return re.sub(r"(?<=\d) ?%", f"{page.GAP}%", text(verdict))
 
 
 def headline(run: Run) -> tuple[str, str, str] | None:
@@ -187,7 +194,7 @@ def colour(run: Run) -> str:
         drawn.append(charts.histogram(name, _shares(each, "samples"), _shares(each, "real"), note))
     table = page.table("Colour and contrast", ["Of the range", "Samples", "Real", "Difference", "Verdict"], rows)
     note = '<p class="soft">Line: samples; filled: real images; left dark, right bright; heights are roots of the shares.</p>'
-    return f'<p>{word(found, "verdict")}</p>{table}<div class="row">{"".join(drawn)}</div>{note}'
+    return f'<p>{_sentence(found.get("verdict", ""))}</p>{table}<div class="row">{"".join(drawn)}</div>{note}'
 
 
 def _shares(record: Json, key: str) -> list[float]:

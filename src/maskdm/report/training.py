@@ -132,20 +132,22 @@ def _distances(run: Run, unit: float, x_label: str, marks: list[tuple[float, str
 
 def _sweep(run: Run) -> str:
     points = page.as_objects(run.sweep.get("points"))
-    values = page.points(points, "sigma_rel", "value")
-    drawn = charts.Series("averages of this length", values, 4, dots=True)
+    ordinary, title = finite(as_object(run.sweep.get("ordinary")), "value"), "Length of the average"
     said = f"Post-hoc averages of the weights ({word(run.sweep, 'measure')}); the best is {word(run.sweep, 'best')} of the stage"
     ends = [(finite(point, "sigma_rel"), finite(point, "difference"), page.interval(point, "difference")) for point in points]
     known = [(x, y, *span) for x, y, span in ends if x is not None and y is not None and span]
-    if points and len(known) == len(points):  # on the same images, which tells more than two figures with an interval each
-        bars = [(x, low, high) for x, _, low, high in known]
-        line = charts.Series("averages of this length", [(x, y) for x, y, _, _ in known], 4, dots=True, bars=bars)
-        note = f"{said}. Below 0: better than the average that training kept ({count(as_object(run.sweep.get('ordinary')), 'value')})."
-        return charts.chart("Length of the average", "sigma_rel", "difference", [line], note=note, logarithmic=False)
-    ordinary = finite(as_object(run.sweep.get("ordinary")), "value")
-    kept = [(values[0][0], ordinary), (values[-1][0], ordinary)] if values and ordinary else []
-    series = [drawn, charts.Series("the average that training kept", kept, 1)]
-    return charts.chart("Length of the average", "sigma_rel", "value", series, note=f"{said}.", logarithmic=all(y > 0 for _, y in kept))
+    if ordinary and ordinary > 0 and len(known) == len(points):  # on the same images, which tells more than figures with an interval each
+        unit = ordinary / 100
+        line, bars = [(x, y / unit) for x, y, _, _ in known], [(x, low / unit, high / unit) for x, _, low, high in known]
+        series = [charts.Series("averages of this length", line, 4, dots=True, bars=bars)]
+        note = f"{said}. Below 0: better than the average that training kept ({number(ordinary)})."
+        return charts.chart(title, "sigma_rel", "difference, %", series, note=note, logarithmic=False)
+    values = [
+        (x, y) for x, y in ((finite(point, "sigma_rel"), finite(point, "value")) for point in points) if x is not None and y is not None
+    ]
+    kept = [(values[0][0], ordinary), (values[-1][0], ordinary)] if values and ordinary is not None else []
+    series = [charts.Series("averages of this length", values, 4, dots=True), charts.Series("the average that training kept", kept, 1)]
+    return charts.chart(title, "sigma_rel", "value", series, note=f"{said}.", logarithmic=all(y > 0 for _, y in (*values, *kept)))
 
 
 def _best(run: Run, key: str) -> tuple[float, float] | None:
