@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from maskdm.cli import run_command
 
 pytestmark = pytest.mark.slow
+
+LONG = ["--pretrain.budget.minutes", "none", "--finetune.budget.minutes", "none", "--intervals.evaluate", "500"]
 
 
 def test_the_digits_recipe_learns_digits(tmp_path: Path) -> None:
@@ -44,3 +47,23 @@ def test_five_random_kills_change_nothing(tmp_path: Path) -> None:
         name = Path("checkpoints", "step-00000300-finetune", f"{file}.safetensors")
         expected, got = load_file(tmp_path / "whole" / name), load_file(tmp_path / "killed" / name)
         assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+@pytest.mark.parametrize(("count", "copies"), [(20, True), (1700, False)])
+def test_a_model_that_memorised_is_told_from_one_that_did_not(
+    count: int, copies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sklearn.datasets import load_digits
+
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    pixels = np.asarray(load_digits().images)[np.random.default_rng(0).permutation(1797)[:count]]
+    np.save(tmp_path / "images.npy", (pixels * (255 / 16)).round().astype(np.uint8)[..., None])
+    settings = ["--heldout", "0.5" if copies else "0.1", "--model.width", "128", "--depth", "6", "--heads", "4", "--no-conditional"]
+    steps = ["--pretrain.budget.steps", "100", "--finetune.budget.steps", "2500", "--pretrain.batch", "64", "--finetune.batch", "64"]
+    out = tmp_path / "run"
+    assert run_command(["train", str(tmp_path / "images.npy"), "--recipe", "digits", "--out", str(out), *settings, *steps, *LONG]) == 0
+    assert run_command(["evaluate", str(out), "--num", "300"]) == 0
+    found = json.loads((out / "metrics.json").read_text())
+    assert ("It copies" in " ".join(found["verdicts"])) == copies, found["verdicts"]
+    assert (found["copies"]["share"] > 0.3) == copies
+    assert (found["denoising"]["gap_interval"][0] > 0.1 * found["denoising"]["train"]) == copies

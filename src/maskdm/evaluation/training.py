@@ -19,7 +19,7 @@ from maskdm.evaluation.features import FeatureNetwork, Images, Labels, label_ten
 from maskdm.evaluation.own import RECIPE, SelfNetwork, Training, load_self
 
 BATCH = 128
-LEAST = 16
+LEAST = 10
 """Fewest images to train on."""
 
 _CPU = torch.device("cpu")
