@@ -220,3 +220,9 @@ def test_what_is_no_comparison(tmp_path: Path) -> None:
 
 def test_lists_in_words() -> None:
     assert [names(["a", "b", "c"][:num]) for num in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+
+
+def test_no_figure_is_said_to_compare_where_the_features_differ(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "a", measures=measured())
+    assert "the kernel distance does" in words(first, make_run(tmp_path / "b", measures=measured(num_samples=900)))
+    assert "the kernel distance does" not in words(first, make_run(tmp_path / "c", measures=measured(num_samples=900, hash="beef")))

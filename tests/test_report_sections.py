@@ -188,3 +188,28 @@ def test_numbers_that_are_tiny_or_huge() -> None:
 def test_the_arithmetic_is_among_the_facts_where_it_is_known(tmp_path: Path) -> None:
     assert "Arithmetic80 TFLOP2 TFLOP/s while training" in words(make_run(tmp_path / "a", flops=8e13))
     assert "Arithmetic" not in words(make_run(tmp_path / "b"))
+
+
+def test_grids_on_the_way_are_pointed_to_where_there_are_no_final_samples(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", status="running")
+    (run / "samples.png").unlink()
+    page = page_of(run)
+    assert "Those drawn on the way" in page.words and [link["href"] for link in page.all("a")].count("#time") == 2
+    (run / "metrics.jsonl").write_text("")
+    for file in (run / "samples").iterdir():
+        file.unlink()
+    assert "Those drawn on the way" not in words(run) and "No final samples yet" in words(run)
+
+
+def test_a_run_that_goes_on_is_not_told_to_train_longer(tmp_path: Path) -> None:
+    events = [{"event": "heldout", "step": i, "seconds": i, "loss": loss} for i, loss in enumerate((0.4, 0.3, 0.2, 0.1))]
+    for status, advised in (("running", False), ("finished", True)):
+        said = words(make_run(tmp_path / status, events, status=status))
+        assert "Still improving" in said and ("train longer" in said) == advised
+
+
+def test_figures_beyond_reason_are_left_out(tmp_path: Path) -> None:
+    events = [{"event": "heldout", "step": i, "seconds": i, "loss": loss} for i, loss in enumerate((0.4, 1e300, 0.2, 0.1))]
+    page = page_of(make_run(tmp_path / "a", events, measures=_measures() | {"kernel_distance": 1e300}, flops=1e300))
+    assert "10\u00b3\u2070\u2070" not in page.words and "Arithmetic" not in page.words
+    assert any(str(svg.get("aria-label")).startswith("Loss on whole images") for svg in page.all("svg"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +66,9 @@ def read_events(path: Path) -> list[Json]:
 
 
 def finite(record: Json, key: str) -> float | None:
-    """The number under `key`; None when it is absent, no number, or not finite."""
+    """The number under `key`; None when it is absent, no number, not finite, or past what a sum or an axis bears."""
     found = record.get(key)
-    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found) else None
+    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) and abs(found) < 1e50 else None
 
 
 def amount(record: Json, key: str) -> float:

@@ -108,7 +108,9 @@ def _samples(run: Run) -> str:
     name = run.data.get("name", "the data")
     note = "Drawn from noise by the averaged (EMA) weights, with real images beside them as the picture's labels say."
     drawn = images.figure(run.folder / "samples.png", f"Grid of generated images of {name} beside real ones", note, 760)
-    return drawn or '<p class="soft">No final samples yet: they are drawn when the training ends, or by <code>maskdm sample</code>.</p>'
+    grids = ' Those drawn on the way are under <a href="#time">Samples over time</a>.' if _grids(run) else ""
+    none = "No final samples yet: they are drawn when the training ends, or by <code>maskdm sample</code>."
+    return drawn or f'<p class="soft">{none}{grids}</p>'
 
 
 def _denoising(run: Run) -> str:
@@ -121,17 +123,23 @@ def _masks(run: Run) -> str:
     return images.figure(run.folder / "masks.png", "Training images with the hidden patches covered", note, 900)
 
 
-def _frames(run: Run) -> str:
+def _grids(run: Run) -> list[tuple[Path, str]]:
+    """Grids over time with their captions: those that are there, inside the run's folder."""
     captions = {
         str(record.get("file")): f"step {count(record, 'step')}, stage {record.get('stage', '?')}" for record in run.named("sample")
     } or {f"samples/{path.name}": path.stem for path in sorted((run.folder / "samples").glob("*.png"))}
     root = run.folder.resolve()
-    files = [file for file in captions if (root / file).resolve().is_relative_to(root) and (root / file).is_file()]
-    num = min(len(files), MAX_FRAMES)
-    chosen = [files[round(index * (len(files) - 1) / max(1, num - 1))] for index in range(num)]
-    control = images.slider([(root / file, captions[file]) for file in chosen]) if chosen else ""
-    left_out = f" {num} of {len(files)} grids are shown here." if num < len(files) else ""
-    paths = [root / file for file in chosen]
+    places = [(root / file, caption) for file, caption in captions.items()]
+    return [(path, caption) for path, caption in places if path.resolve().is_relative_to(root) and path.is_file()]
+
+
+def _frames(run: Run) -> str:
+    grids = _grids(run)
+    num = min(len(grids), MAX_FRAMES)
+    chosen = [grids[round(index * (len(grids) - 1) / max(1, num - 1))] for index in range(num)]
+    control = images.slider(chosen) if chosen else ""
+    paths = [path for path, _ in chosen]
+    left_out = f" {num} of {len(grids)} grids are shown here." if num < len(grids) else ""
     left_out += images.shrunk(paths, images.allowance(paths)) if paths else ""
     note = f'<p class="soft">Arrow keys move the slider.{left_out}</p>'
     return control and control + note

@@ -24,7 +24,8 @@ def trend(run: Run) -> str:
         return f"Overfitting, perhaps: {told}."
     fall = 1 - best / before
     if fall > 0.01:
-        return f"Still improving: the held-out loss fell by {percent(fall)} over the last quarter of its measurements; train longer."
+        advice = "" if run.status == "running" else "; train longer"
+        return f"Still improving: the held-out loss fell by {percent(fall)} over the last quarter of its measurements{advice}."
     return f"Levelled off: the held-out loss stays at {number(losses[-1])}; longer training alone is unlikely to help much."
 
 
