@@ -76,6 +76,8 @@ def test_a_rise_at_the_end_counts_by_when_the_loss_was_first_reached(tmp_path: P
 def test_images_are_counted_over_all_stages(tmp_path: Path) -> None:
     (run,) = read_runs([make_run(tmp_path / "a", SLOW)])
     assert run.heldout_by_images() == [(1000.0, 0.8), (2000.0, 0.4), (3000.0, 0.2)]
+    (blind,) = read_runs([make_run(tmp_path / "b")])  # its records do not count images
+    assert blind.heldout() and blind.heldout_by_images() == []
     assert [round(share or 0, 2) for _, _, share in run.speeds()] == [0.75, 1.0]  # 900 over 300 images/s, ideal 4
 
 

@@ -47,7 +47,7 @@ def _render(runs: Sequence[RunFiles]) -> str:
 def _header(runs: Sequence[RunFiles]) -> str:
     pieces: list[str] = []
     for run in runs:
-        badge = f'<span class="badge {run.status}">{run.status}</span>'
+        badge = f'<span class="badge {run.status}">{run.status_words}</span>'
         pieces.append(f"{text(run.label)} {badge} <small>{text(run.folder.resolve())}</small>")
     errors = [f"{text(run.label)}: {text(run.card['error'])}" for run in runs if run.card.get("error")]
     failed = "".join(f'<p class="error" role="alert">{error}</p>' for error in errors)

@@ -168,7 +168,9 @@ def _races(rivals: Sequence[RunFiles], lines: dict[str, Line]) -> list[str]:
 
 
 def _so_far(run: RunFiles) -> str:
-    return {"running": " so far", "failed": " when it failed"}.get(run.status, "")
+    return {"running": " so far", "failed": " when it failed", "stopped": " when it was stopped", "killed": " when it was killed"}.get(
+        run.status, ""
+    )
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -180,6 +182,10 @@ def _measured(run: RunFiles, key: str, show: Callable[[float | None], str]) -> s
     ends = [finite({"end": end}, "end") for end in as_list(record.get(f"{last}_interval"))]
     interval = f"<small>{show(ends[0])} to {show(ends[1])}</small>" if len(ends) == 2 and None not in ends else ""
     return show(finite(record, last)) + interval
+
+
+def _column(run: RunFiles) -> str:
+    return f'<span class="run">{text(run.label)}</span>'
 
 
 def _scientific(value: float | None) -> str:
@@ -201,7 +207,7 @@ def final_table(runs: Sequence[RunFiles]) -> str:
     differs = "<small>does not compare</small>"
     images = [sum(amount(stage, "images") for stage in run.stages) for run in runs]
     rows = [
-        ["Status", *(f'<span class="{run.status}">{run.status}</span>' for run in runs)],
+        ["Status", *(f'<span class="{run.status}">{run.status_words}</span>' for run in runs)],
         ["Training time" + (differs if unlike_clocks(runs) else ""), *(page.duration(run.seconds) for run in runs)],
         ["Images seen", *map(number, images)],
         ["Parameters", *(count(run.card, "parameters") for run in runs)],
@@ -219,7 +225,7 @@ def final_table(runs: Sequence[RunFiles]) -> str:
     note = (
         '<p class="soft">Below a figure: its 95 % interval, over samples and not over seeds. Lower is better for losses and distances.</p>'
     )
-    return page.bullets(remarks, "verdict") + page.table("Final figures", ["Figure", *(text(run.label) for run in runs)], rows) + note
+    return page.bullets(remarks, "verdict") + page.table("Final figures", ["Figure", *map(_column, runs)], rows) + note
 
 
 def settings_table(runs: Sequence[RunFiles]) -> str:
@@ -232,7 +238,7 @@ def settings_table(runs: Sequence[RunFiles]) -> str:
     rows = [[text(key), *(text(each.get(key, "")) for each in flat)] for key in keys if len({each.get(key) for each in known}) > 1]
     if not rows:
         return lost + ('<p class="soft">Every setting is the same.</p>' if len(known) > 1 else "")
-    return lost + page.table("Settings that differ", ["Setting", *(text(run.label) for run in runs)], rows)
+    return lost + page.table("Settings that differ", ["Setting", *map(_column, runs)], rows)
 
 
 def speed_table(runs: Sequence[RunFiles]) -> str:
@@ -245,5 +251,8 @@ def speed_table(runs: Sequence[RunFiles]) -> str:
             speed += [f"{ideal:.2f}\u00d7" if ideal else number(None), percent(share)]
             rows.append([text(run.label), word(stage, "name"), word(stage, "mask"), word(stage, "batch"), *speed])
     head = ["Run", "Stage", "Mask", "Batch", "Images/s", "Speed-up", "Ideal", "Share of ideal"]
-    note = '<p class="soft">Speed-up: over the whole images of the same run. Ideal: what the arithmetic alone allows.</p>'
+    note = (
+        '<p class="soft">Speed-up: over the whole images of the same run. Ideal: by arithmetic alone. Above 100 % of it, '
+        "the two stages differ in more than arithmetic, and the times above do not show the gain of masking alone.</p>"
+    )
     return page.table("Speed of each stage", head, rows) + note if rows else ""

@@ -1,4 +1,4 @@
-"""What a run directory says of its run: run.json, metrics.jsonl, metrics.json and config.yaml, whole or damaged."""
+"""Several runs on one page: told apart by labels, with the lines that they are compared by."""
 
 from __future__ import annotations
 
@@ -9,45 +9,21 @@ from pathlib import Path
 from maskdm.errors import UserError
 from maskdm.report import page
 from maskdm.report.page import Json, amount, as_object, finite
+from maskdm.report.state import Run, gain, read_run
 
 Line = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class RunFiles:
-    """The files of one run. `label` tells it from the others on the page; values in `card` and the like may be of any type."""
+class RunFiles(Run):
+    """A run among others. `label` tells it from them on the page."""
 
-    folder: Path
     label: str
-    card: Json
-    events: list[Json]
-    measures: Json
-    config: str
 
     @property
     def data(self) -> Json:
         """What run.json says of the data."""
         return as_object(self.card.get("data"))
-
-    @property
-    def stages(self) -> list[Json]:
-        """What run.json says of each stage, in order."""
-        return page.as_objects(self.card.get("stages"))
-
-    @property
-    def status(self) -> str:
-        """finished, failed or running."""
-        status = self.card.get("status")
-        return status if status in ("finished", "failed") else "running"
-
-    @property
-    def seconds(self) -> float:
-        """Training time of all stages."""
-        return sum((amount(stage, "seconds") for stage in self.stages), 0.0)
-
-    def named(self, event: str) -> list[Json]:
-        """The records of metrics.jsonl of one kind."""
-        return [record for record in self.events if record.get("event") == event]
 
     def heldout(self) -> Line:
         """(training seconds, held-out loss), in the order of measuring."""
@@ -63,20 +39,13 @@ class RunFiles:
                     before, within, stage = before + within, 0.0, record.get("stage")
                 within = max(within, amount(record, "images"))
             elif record.get("event") == "heldout":
-                loss = finite(record, "loss")
-                line += [(before + within, loss)] if loss and loss > 0 else []
+                loss, images = finite(record, "loss"), before + within
+                line += [(images, loss)] if images > 0 and loss is not None and loss > 0 else []
         return line
 
     def speeds(self) -> list[tuple[Json, float | None, float | None]]:
         """Each stage; its speed-up over the run's last whole-image stage; the share of the ideal speed-up that this is."""
-        rates = [finite(stage, "images_per_second") for stage in self.stages if amount(stage, "hidden") == 0]
-        whole = next((rate for rate in reversed(rates) if rate), None)
-        found: list[tuple[Json, float | None, float | None]] = []
-        for stage in self.stages:
-            rate, ideal = finite(stage, "images_per_second"), finite(stage, "ideal_speedup")
-            gain = rate / whole if rate and whole else None
-            found.append((stage, gain, gain / ideal if gain and ideal else None))
-        return found
+        return [(stage, *gain(self, stage)) for stage in self.stages]
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
@@ -85,7 +54,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
     for index, place in enumerate(places):
         if place in places[:index]:
             raise UserError(f"{folders[index]} is given twice; name each run once")
-    return [_read(folder, label) for folder, label in zip(folders, _labels(places), strict=True)]
+    return [RunFiles(**vars(read_run(folder)), label=label) for folder, label in zip(folders, _labels(places), strict=True)]
 
 
 def _labels(places: Sequence[Path]) -> list[str]:
@@ -97,20 +66,3 @@ def _labels(places: Sequence[Path]) -> list[str]:
         tail = next((tail for tail in tails if all(other[-len(tail) :] != tail for other in others)), place.parts)
         labels.append(str(Path(*tail)))
     return labels
-
-
-def _read(run: Path, label: str) -> RunFiles:
-    card = run / "run.json"
-    if not card.is_file():
-        raise UserError(f"{run} has no run.json; is it a run directory of `maskdm train`?")
-    content = page.parse(page.read_text(card))
-    if not content:
-        raise UserError(f"{card} is not a JSON object; restore it, or train again into another directory")
-    return RunFiles(
-        folder=run,
-        label=label,
-        card=content,
-        events=page.read_events(run / "metrics.jsonl"),
-        measures=page.parse(page.read_text(run / "metrics.json")),
-        config=page.read_text(run / "config.yaml"),
-    )

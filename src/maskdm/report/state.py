@@ -102,16 +102,19 @@ def is_masked(stage: Json) -> bool:
     return amount(stage, "hidden") > 0
 
 
-def speed_up(run: Run, stage: Json) -> tuple[str, str]:
-    """The stage's measured speed-up over whole images, and the ideal one with the share of it that was reached.
-
-    The last whole-image stage is what masking is measured against.
-    """
+def gain(run: Run, stage: Json) -> tuple[float | None, float | None]:
+    """The stage's measured speed-up over the run's last whole-image stage, and the share of the ideal speed-up that this is."""
     rates = [finite(other, "images_per_second") for other in run.stages if not is_masked(other)]
     reference = next((rate for rate in reversed(rates) if rate), None)
     rate, ideal = finite(stage, "images_per_second"), finite(stage, "ideal_speedup")
     measured = rate / reference if rate and reference else None
-    share = f"{percent(measured / ideal)} of the " if measured and ideal else ""
+    return measured, measured / ideal if measured and ideal else None
+
+
+def speed_up(run: Run, stage: Json) -> tuple[str, str]:
+    """The stage's measured speed-up, and the ideal one with the share of it that was reached, for people."""
+    (measured, reached), ideal = gain(run, stage), finite(stage, "ideal_speedup")
+    share = f"{percent(reached)} of the " if reached else ""
     return f"{measured:.2f}\u00d7" if measured else "&ndash;", f"{share}ideal {ideal:.2f}\u00d7" if ideal else ""
 
 
