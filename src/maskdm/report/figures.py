@@ -12,7 +12,7 @@ from maskdm.report import page
 from maskdm.report.page import Json, as_object, count, estimate, finite, number, percent, scaled, text, word
 from maskdm.report.state import Line, Run, gain, times
 
-CHANCE = "One run each: a difference between two runs may be chance; <code>maskdm compare</code> measures over seeds."
+CHANCE = "One run each: a difference between two runs may be chance; repeat them with other seeds to know."
 
 # (name, key in metrics.json, how it is shown, whether the number of samples moves it)
 _MEASURES: tuple[tuple[str, str, Callable[[float | None], str], bool], ...] = (
