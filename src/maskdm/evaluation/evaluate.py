@@ -27,7 +27,7 @@ LEAST = 10
 FEW = 5000
 """Below as many samples the kernel distance is the one to look at: the bias of the Frechet distance would be most of it."""
 
-MOST_MATCHED, MOST_MANIFOLD = 5000, 10_000
+MOST_MATCHED, MOST_MANIFOLD = 2000, 10_000
 """Samples searched for copies; images on each side of precision and recall: beyond, the intervals are narrow enough."""
 
 LEAST_OF_CLASS, MOST_CLASSES = 20, 200
