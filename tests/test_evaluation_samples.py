@@ -146,6 +146,15 @@ def test_accuracy_is_of_the_class_requested_and_a_second_judge_agrees(extractor:
         assert weighted == pytest.approx(number(found, "class_accuracy"))
 
 
+def test_a_network_of_other_classes_is_no_judge(extractor: Extractor, digits: Digits) -> None:
+    train, train_labels, rest, labels = digits
+    other = (train_labels * 3 + 1) % 10  # as many classes, in another order
+    subject = Subject(image_set(rest[359:], "s", labels[359:]), image_set(train, "t", other), None, NAMES)
+    found: Any = evaluate_samples(extractor, subject, {}).measures
+    assert not [key for key in found if key.startswith("class_accuracy")]
+    assert all("kernel_distance" in row and "class_accuracy" not in row for row in found["classes"])
+
+
 def test_a_class_that_went_wrong_stands_out(extractor: Extractor, digits: Digits) -> None:
     samples, labels = digits[2][359:].clone(), digits[3][359:]
     samples[labels == 3] = samples[labels == 3].flip(-2)

@@ -96,7 +96,7 @@ class Evaluate:
     scheduler: Annotated[SchedulerName | None, arg(help="sampler; the run's setting if left out")] = None
     eta: Annotated[float | None, arg(help="noise added back by ddim, 0 to 1; the run's setting if left out")] = None
     guidance: Annotated[float | None, arg(help="classifier-free guidance scale, 1 for none; the run's setting if left out")] = None
-    seed: Annotated[int, arg(help="seed of the samples' noise and of the feature network")] = 0
+    seed: Annotated[int, arg(help="seed of the samples' noise")] = 0
 
 
 @dataclass

@@ -97,7 +97,8 @@ def evaluate_samples(
     if extractor.network.is_fid:
         measures["fid"] = measures["frechet_distance"]
     measures |= _accuracies(extractor.network, subject, reference, heldout)
-    measures["classes"] = _classes(extractor.network, subject, reference, fake, real)
+    knows = "class_accuracy" in measures
+    measures["classes"] = _classes(extractor.network if knows else None, subject, reference, fake, real)
     found, measures["copies"] = _copies(extractor, subject, heldout, places, fake, real)
     measures["colour"] = colour_drift(subject.samples, reference)
     if denoising is not None:
@@ -161,10 +162,15 @@ def _manifold(fake: Tensor, real: Tensor, heldout: Tensor | None) -> dict[str, o
 
 
 def _accuracies(network: FeatureNetwork, subject: Subject, reference: ImageSet, heldout: ImageSet | None) -> dict[str, object]:
-    """Share of the images in whose class the network puts them, where it knows these classes."""
-    found: dict[str, object] = {}
-    for suffix, images in (("", subject.samples), ("_train", reference), ("_heldout", heldout)):
-        right = None if images is None else _recognised(network, images, len(subject.class_names))
+    """Share of the images in whose class the network puts them, where it knows these classes: a network that is hardly better than
+    chance on the real images knows others, if as many."""
+    num = len(subject.class_names)
+    known = _recognised(network, reference, num)
+    if known is None or share(int(known.sum()), len(known)).low < 2 / num:
+        return {}
+    found = _put("class_accuracy_train", share(int(known.sum()), len(known)))
+    for suffix, images in (("", subject.samples), ("_heldout", heldout)):
+        right = None if images is None else _recognised(network, images, num)
         if right is not None:
             found |= _put(f"class_accuracy{suffix}", share(int(right.sum()), len(right)))
     return found
@@ -178,12 +184,12 @@ def _recognised(network: FeatureNetwork, images: ImageSet, num_classes: int) -> 
     return np.concatenate([each.numpy() for each in predicted if each is not None]) == images.labels
 
 
-def _classes(network: FeatureNetwork, subject: Subject, reference: ImageSet, fake: Tensor, real: Tensor) -> list[dict[str, object]]:
+def _classes(network: FeatureNetwork | None, subject: Subject, reference: ImageSet, fake: Tensor, real: Tensor) -> list[dict[str, object]]:
     """The kernel distance and the accuracy of each class that has images enough."""
     asked, known = subject.samples.labels, reference.labels
     if asked is None or known is None:
         return []
-    right = _recognised(network, subject.samples, len(subject.class_names))
+    right = None if network is None else _recognised(network, subject.samples, len(subject.class_names))
     rows: list[dict[str, object]] = []
     for number, name in enumerate(subject.class_names[:MOST_CLASSES]):
         ours, theirs = np.flatnonzero(asked == number), np.flatnonzero(known == number)

@@ -86,10 +86,12 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     pipeline, origin = load_pipeline(sampled.run, sampled.weights, sampled.ema)
     dataset = dataset_of(run, config, request.data, display)
     training, heldout = sets_of(config, dataset)
+    if heldout is None:
+        display.note(f"fewer than {LEAST_HELDOUT} held-out images: no figure of new real images to compare with; see --heldout of train")
     machine = this_machine(Hardware())
     settings = sampling_settings(config, sampled)
     samples = _draw(pipeline, settings, sampled, machine, ranks, display)
-    network = choose_network(request.features, training, heldout, sampled.seed, machine.device, ranks, display)
+    network = choose_network(request.features, training, heldout, 0, machine.device, ranks, display)
     provenance = {
         "maskdm": maskdm.__version__,
         "checkpoint": origin,
@@ -131,7 +133,16 @@ def _draw(
     """Samples, kept in the cache: a killed evaluation goes on, and another network measures the same ones."""
     pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
     labels = choose_labels(pipeline.config["class_names"], (), request.num)
-    how = [settings.scheduler, settings.steps, settings.eta, settings.guidance, request.seed, request.num, machine.device.type]
+    how = [
+        maskdm.__version__,
+        settings.scheduler,
+        settings.steps,
+        settings.eta,
+        settings.guidance,
+        request.seed,
+        request.num,
+        machine.device.type,
+    ]
     key = hashlib.sha256(json.dumps([state_hash(pipeline.unet.state_dict()), *how, labels]).encode()).hexdigest()[:32]
     folder = cache_directory() / "samples"
     folder.mkdir(parents=True, exist_ok=True)
