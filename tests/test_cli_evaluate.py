@@ -239,6 +239,8 @@ def test_stopping_and_the_best_survive_a_kill(tmp_path: Path, monkeypatch: pytes
 def test_patience_and_measure_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for settings, message in {
         ("--patience", "0"): "evaluation.patience is 0",
+        ("--patience", "2", "--intervals.evaluate", "0"): "intervals.evaluate is 0",
+        ("--patience", "2", "--heldout", "0"): "data.heldout is 0",
         ("--evaluation.samples", "3"): "evaluation.samples is 3",
         ("--evaluation.measure", "kernel-distance"): "evaluation.samples is 0",
         ("--evaluation.measure", "fid"): "heldout-loss",

@@ -53,6 +53,14 @@ class Config:
         height, width = self.data.image_size
         return height // self.model.patch, width // self.model.patch
 
+    def _check_patience(self) -> None:
+        """A stage that is to end when nothing gets better needs something that is measured meanwhile."""
+        if self.evaluation.patience is None:
+            return
+        require(self.intervals.evaluate > 0, "evaluation.patience is set, and intervals.evaluate is 0; give the steps between evaluations")
+        blind = self.evaluation.measure == "heldout-loss" and self.data.heldout == 0
+        require(not blind, "evaluation.patience goes by the held-out loss, and data.heldout is 0; hold some images out, or leave it out")
+
     def check(self) -> None:
         """What no part can check alone: that patches divide the image and masks the grid. Raises UserError."""
         height, width = self.data.image_size
@@ -62,6 +70,7 @@ class Config:
             near = [max(patch, round(side / patch) * patch) for side in (height, width)]
             fitting = f"{near[0]}x{near[1]}" if near[0] != near[1] else f"{near[0]}"
             raise UserError(f"image_size {size} is not a multiple of patch {patch}; use --image-size {fitting} or another --patch")
+        self._check_patience()
         down, across = self.grid
         for stage in self.stages:
             match stage.mask:
