@@ -64,11 +64,12 @@ def test_a_copy_of_what_is_in_the_data_five_times_is_still_found() -> None:
     assert searcher(training).match(copy, features(copy), features(copy.flip(-1))).suspected.all()
 
 
-def test_where_all_training_images_are_alike_nothing_stands_out() -> None:
+def test_a_copy_of_what_is_in_the_data_more_often_than_neighbours_are_counted_is_one_too() -> None:
     training = pictures(1, 3).repeat(40, 1, 1, 1)
-    found = searcher(training).match(training[:2], features(training[:2]), features(training[:2].flip(-1)))
-    assert found.ratios.tolist() == [1, 1]
-    assert not found.suspected.any()
+    both = torch.cat([training[:1], pictures(1, 4)])
+    found = searcher(training).match(both, features(both), features(both.flip(-1)))
+    assert found.ratios.tolist() == [0, 1]
+    assert found.suspected.tolist() == [True, False]
 
 
 def test_feature_matches_of_a_drawn_reference_are_places_of_the_whole_set() -> None:

@@ -132,13 +132,13 @@ def _merge(plain: list[Candidates], mirrored: list[Candidates], most: int) -> di
 
 
 def _relative(near: float, far: float) -> float:
-    return float(near / far) if far > 0 else 1.0
+    return float(near / far) if far > 0 else 0.0
 
 
 def _ratio(distances: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
-    """Nearest over farthest; 1 where all are at 0, since then nothing stands out."""
+    """Nearest over farthest; 0 where even that is at 0: the image is in the data, many times over."""
     far = distances[:, -1]
-    return torch.where(far > 0, distances[:, 0] / far.clamp(min=1e-300), 1.0)
+    return torch.where(far > 0, distances[:, 0] / far.clamp(min=1e-300), 0.0)
 
 
 def thumbnails(images: UInt8[Tensor, "n _ _ _"]) -> UInt8[Tensor, "n _ _ _"]:
