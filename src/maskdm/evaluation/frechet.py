@@ -60,11 +60,12 @@ class Statistics:
         return self._scatter / (self.count - 1)
 
     @staticmethod
-    def of(features: Tensor) -> Statistics:
-        """The statistics of features [N, D], read in pieces."""
+    def of(features: Tensor, rows: Tensor | None = None) -> Statistics:
+        """The statistics of features [N, D], or of some rows of them, read in pieces: they may be mapped from a file."""
         gathered = Statistics(features.shape[1])
-        for first in range(0, len(features), _ROWS):
-            gathered.update(features[first : first + _ROWS])
+        for first in range(0, len(features) if rows is None else len(rows), _ROWS):
+            piece = slice(first, first + _ROWS)
+            gathered.update(features[piece if rows is None else rows[piece]])
         return gathered
 
 
@@ -148,9 +149,9 @@ def frechet_halves(features: Tensor, most: int, seed: int = 0) -> tuple[float, i
     if count < 2:
         return None
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
-    halves = [Statistics.of(features[order[start : start + count]]) for start in (0, count)]
+    halves = [Statistics.of(features, order[start : start + count]) for start in (0, count)]
     return frechet_distance(*halves), count
 
 
 def _drawn(features: Tensor, count: int, random: np.random.Generator) -> Statistics:
-    return Statistics.of(features[torch.from_numpy(random.permutation(len(features))[:count])])
+    return Statistics.of(features, torch.from_numpy(random.permutation(len(features))[:count]))
