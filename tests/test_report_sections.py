@@ -213,3 +213,26 @@ def test_figures_beyond_reason_are_left_out(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a", events, measures=_measures() | {"kernel_distance": 1e300}, flops=1e300))
     assert "10\u00b3\u2070\u2070" not in page.words and "Arithmetic" not in page.words
     assert any(str(svg.get("aria-label")).startswith("Loss on whole images") for svg in page.all("svg"))
+
+
+def _going_on(status: str) -> dict[str, Any]:
+    """run.json of a run whose last checkpoint was at its first stage's end, and that has logged ten steps of the second since."""
+    stage = {"hidden": 0.5, "steps": 20, "images": 200, "seconds": 2.0, "done": True, "flops": 2e12, "flops_per_image": 1e10}
+    second = {"name": "whole", "hidden": 0.0, "steps": 0, "images": 0, "seconds": 0.0, "done": False, "flops": 0.0, "flops_per_image": 4e10}
+    return {"status": status, "flops": 2e12, "stages": [{"name": "masked", **stage}, second]}
+
+
+def test_a_stage_is_told_as_of_its_last_record_not_its_last_checkpoint(tmp_path: Path) -> None:
+    at = {"event": "train", "loss": 1.0}
+    events = [at | {"step": 20, "stage": "masked", "stage_step": 20, "images": 200, "seconds": 2.0}]
+    events += [at | {"step": 30, "stage": "whole", "stage_step": 10, "images": 100, "seconds": 6.0}]
+    said = words(make_run(tmp_path / "a", events, **_going_on("running")))
+    assert "(6.0 s so far)" in said and "Images seen300" in said and "Arithmetic6 TFLOP1 TFLOP/s" in said
+    assert "10 steps, under way" in said and "4.0 s4 TFLOP25" in said  # 100 images in 4 s: 25 images/s
+
+
+@pytest.mark.parametrize("status", ["failed", "stopped"])
+def test_no_stage_of_a_run_that_ended_is_under_way(tmp_path: Path, status: str) -> None:
+    record = {"event": "train", "step": 30, "stage": "whole", "stage_step": 10, "images": 100, "seconds": 6.0, "loss": 1.0}
+    said = words(make_run(tmp_path / "a", [record], **_going_on(status)))
+    assert "10 steps, cut short" in said and "under way" not in said

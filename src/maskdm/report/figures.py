@@ -198,7 +198,7 @@ def final_table(runs: Sequence[Run]) -> str:
         ["Training time" + (differs if unlike_clocks(runs) else ""), *(page.duration(run.seconds) for run in runs)],
         ["Images seen", *(number(run.images) for run in runs)],
         ["Parameters", *(count(run.card, "parameters") for run in runs)],
-        ["Arithmetic", *(scaled(finite(run.card, "flops"), "FLOP") for run in runs)],
+        ["Arithmetic", *(scaled(run.flops, "FLOP") for run in runs)],
         ["Final held-out loss" + (differs if unlike_losses(runs) else ""), *map(_loss, runs)],
     ]
     for name, key, show, moved in _MEASURES:

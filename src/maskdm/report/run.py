@@ -68,10 +68,9 @@ def _facts(run: Run) -> str:
         ("Images seen", number(run.images), "repetitions counted"),
         ("Parameters", count(run.card, "parameters"), text(run.card.get("model", ""))),
     ]
-    flops = finite(run.card, "flops")
-    if flops:
-        rate = page.scaled(flops / max(run.seconds, 1e-9), "FLOP/s")
-        facts.insert(2, ("Arithmetic", page.scaled(flops, "FLOP"), f"{rate} while training"))
+    if run.flops:
+        rate = page.scaled(run.flops / max(run.seconds, 1e-9), "FLOP/s")
+        facts.insert(2, ("Arithmetic", page.scaled(run.flops, "FLOP"), f"{rate} while training"))
     masked = next((stage for stage in run.stages if is_masked(stage)), None)
     losses = [loss for _, loss in run.heldout()]
     if losses:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 from maskdm.errors import UserError
@@ -50,10 +51,21 @@ class Run:
         """What run.json says of machine and versions."""
         return as_object(self.card.get("environment"))
 
-    @property
+    @cached_property
     def stages(self) -> list[Json]:
-        """What each stage was and did."""
-        return page.as_objects(self.card.get("stages"))
+        """What each stage was and did: as run.json has it, which is of the last checkpoint, or as the log has it where that is later."""
+        last = {str(record.get("stage")): record for record in self.named("train")}
+        stages: list[Json] = []
+        before = 0.0
+        for stage in page.as_objects(self.card.get("stages")):
+            record, later = last.get(str(stage.get("name")), {}), Json()
+            if amount(record, "stage_step") > amount(stage, "steps"):
+                images, seconds = amount(record, "images"), amount(record, "seconds") - before  # the log's clock runs through all stages
+                later = {"steps": record["stage_step"], "images": images, "seconds": seconds, "flops": images * _cost(stage) or None}
+                later["images_per_second"] = images / seconds if seconds > 0 else None
+            stages.append(stage | later)
+            before += amount(stages[-1], "seconds")
+        return stages
 
     @property
     def seconds(self) -> float:
@@ -64,6 +76,12 @@ class Run:
     def images(self) -> float:
         """Seen in training, repetitions counted."""
         return sum((amount(stage, "images") for stage in self.stages), 0.0)
+
+    @property
+    def flops(self) -> float | None:
+        """Arithmetic of the training, where it is known."""
+        known = [finite(stage, "flops") for stage in self.stages if amount(stage, "images")]
+        return sum(filter(None, known)) if known and all(known) else finite(self.card, "flops")
 
     @property
     def status(self) -> str:
@@ -93,7 +111,7 @@ class Run:
 
     def heldout_by_flops(self) -> Line:
         """(arithmetic of all stages so far, held-out loss); empty where a stage's is not known."""
-        costs = {str(stage.get("name")): amount(stage, "flops") / max(amount(stage, "images"), 1) for stage in self.stages}
+        costs = {str(stage.get("name")): _cost(stage) for stage in self.stages}
         return self._heldout_by(costs) if costs and all(costs.values()) else []
 
     def _heldout_by(self, costs: Json) -> Line:
@@ -109,6 +127,11 @@ class Run:
                 loss, spent = finite(record, "loss"), before + within
                 line += [(spent, loss)] if spent > 0 and loss is not None and loss > 0 else []
         return line
+
+
+def _cost(stage: Json) -> float:
+    """Arithmetic of an image in a stage; 0 where it is not known."""
+    return finite(stage, "flops_per_image") or amount(stage, "flops") / max(amount(stage, "images"), 1)
 
 
 def _is_gone(process: Json) -> bool:

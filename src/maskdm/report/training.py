@@ -38,9 +38,10 @@ def early_stops(run: Run) -> list[str]:
 def stage_table(run: Run) -> str:
     """What each stage was, did, and how fast."""
     rows: list[list[str]] = []
+    begun = "under way" if run.status == "running" else "cut short"
     for stage in run.stages:
         steps = amount(stage, "steps")
-        state = "ended early" if stage.get("ended_early") else "done" if stage.get("done") else "not yet" if not steps else "under way"
+        state = "ended early" if stage.get("ended_early") else "done" if stage.get("done") else "not yet" if not steps else begun
         measured, ideal = speed_up(run, stage) if is_masked(stage) else ("1\u00d7", "by definition")
         seen = f"{percent(1 - amount(stage, 'hidden'))}<small>{count(stage, 'kept')} of {count(run.card, 'tokens')} patches</small>"
         row = [f"{word(stage, 'name')}<small>mask: {word(stage, 'mask')}</small>", seen]
