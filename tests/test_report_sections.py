@@ -236,3 +236,20 @@ def test_no_stage_of_a_run_that_ended_is_under_way(tmp_path: Path, status: str) 
     record = {"event": "train", "step": 30, "stage": "whole", "stage_step": 10, "images": 100, "seconds": 6.0, "loss": 1.0}
     said = words(make_run(tmp_path / "a", [record], **_going_on(status)))
     assert "10 steps, cut short" in said and "under way" not in said
+
+
+def test_a_frechet_distance_stands_beside_held_out_images_only_at_equal_counts(tmp_path: Path) -> None:
+    measures = _measures() | {"headline": "frechet_distance", "frechet_distance_halves": 0.9, "frechet_distance_halves_count": 250}
+    said = words(make_run(tmp_path / "a", measures=measures | {"num_heldout": 360}))
+    assert "0.8 to 1.2; at equal counts 0.7, new real images 0.5" in said
+    assert "Frechet distance10.8 to 1.2\u2013The same" in said and "... at equal counts0.70.5Of as many" in said
+    assert "... of two real parts0.9\u2013Two disjoint parts of the real images, 250 each." in said
+    said = words(make_run(tmp_path / "b", measures=measures | {"num_heldout": 500}))
+    assert "0.8 to 1.2; new real images: 0.5" in said and "Frechet distance10.8 to 1.20.5The same" in said
+
+
+def test_samples_measured_before_the_run_went_on_are_said_to_be_so(tmp_path: Path) -> None:
+    stale = "Measured after 12 s of training; the run has gone on since."
+    said = words(make_run(tmp_path / "a", measures=_measures() | {"train_seconds": 12.0}))  # of 40
+    assert in_order(said, f"In short{stale}It copies", f"How good is it?{stale}")
+    assert "has gone on since" not in words(make_run(tmp_path / "b", measures=_measures() | {"train_seconds": 39.9}))
