@@ -7,7 +7,7 @@ import re
 from maskdm.report import charts, images, page
 from maskdm.report.page import Json, as_list, as_object, as_objects, count, estimate, finite, interval, number, percent, text, word
 from maskdm.report.state import Run
-from maskdm.report.training import early_stops, trend
+from maskdm.report.training import early_stops, lost_trackers, trend
 
 _MEASURES = (
     (
@@ -40,7 +40,7 @@ _HELDOUT = {
 
 def verdicts(run: Run) -> str:
     """What there is to say, in sentences; what leads up to a colon stands out."""
-    said = [_stale(run), *map(_sentence, as_list(run.measures.get("verdicts"))), *early_stops(run), trend(run)]
+    said = [_stale(run), *map(_sentence, as_list(run.measures.get("verdicts"))), *early_stops(run), trend(run), *lost_trackers(run)]
     sentences: list[str] = []
     for sentence in filter(None, said):
         head, colon, rest = sentence.partition(": ")

@@ -170,9 +170,15 @@ def _repeat(run: Run) -> str:
     known: Json = {"maskdm": run.card.get("version"), "created": run.card.get("created"), "seed": run.card.get("seed")}
     known |= run.environment
     rows = [[text(key), text(value)] for key, value in known.items() if value is not None]
+    forks = [
+        f"At step {count(fork, 'step')} <code>--fork</code> changed {text('; '.join(map(str, as_list(fork.get('changed')))))}"
+        + (f"; begun by <code>{word(fork, 'before')}</code>" if fork.get("before") else "")
+        for fork in run.named("fork")
+    ]
     config = f'<details><summary>The whole configuration</summary><pre tabindex="0">{text(run.config)}</pre></details>'
     return (
-        f'<h3>Commands</h3><pre tabindex="0">{text(train)}\n{text(sample)}\n{text(evaluate)}</pre>{config if run.config else ""}'
+        f'<h3>Commands</h3><pre tabindex="0">{text(train)}\n{text(sample)}\n{text(evaluate)}</pre>'
+        f"{page.bullets(forks)}{config if run.config else ''}"
         f"<h3>Environment</h3>{page.table('Environment', ['What', 'Which'], rows, wide=True)}"
     )
 

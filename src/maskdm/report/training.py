@@ -35,6 +35,15 @@ def early_stops(run: Run) -> list[str]:
     return [f"Stage {word(end, 'stage')} ended early: {count(end, 'since')} evaluations without a better one." for end in ends]
 
 
+def lost_trackers(run: Run) -> list[str]:
+    """Which trackers were dropped, and why."""
+    last = {str(event.get("name")): event for event in run.named("tracker")}
+    return [
+        f"Tracking: {text(name)} failed at step {count(event, 'step')} and was left out from there on ({word(event, 'error')})."
+        for name, event in last.items()
+    ]
+
+
 def stage_table(run: Run) -> str:
     """What each stage was, did, and how fast."""
     rows: list[list[str]] = []
