@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskdm.report import images, page
+from maskdm.report.figures import origin
 from maskdm.report.page import Json, amount, as_list, count, finite, number, percent, text, word
 from maskdm.report.quality import colour, copies, headline, quality, verdicts
 from maskdm.report.state import Run, is_masked, read_run, speed_up
@@ -57,7 +58,8 @@ def _summary(run: Run) -> str:
     }[run.status]
     course = f": {', then '.join(stages)}" if stages else ""
     subject = f"{number(images)} images of {text(data.get('name', 'unnamed data'))} ({traits})"
-    return f"maskdm {verb} {subject} {spent.format(page.duration(run.seconds))} on {place}{course}."
+    begun = f"; it started from other weights ({text(origin(run))}), and the training behind those is not counted" if origin(run) else ""
+    return f"maskdm {verb} {subject} {spent.format(page.duration(run.seconds))} on {place}{course}{begun}."
 
 
 def _facts(run: Run) -> str:

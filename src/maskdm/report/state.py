@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from maskdm.errors import UserError
 from maskdm.report import page
 from maskdm.report.page import Json, amount, as_object, finite, number, percent
 
+RECENT = timedelta(minutes=10)
 Line = list[tuple[float, float]]
 
 _WORDS = {
@@ -89,7 +90,8 @@ class Run:
         status = self.card.get("status")
         if status in ("finished", "failed", "stopped"):
             return str(status)
-        return "killed" if _is_gone(as_object(self.card.get("process"))) else "running"
+        recent = datetime.now().astimezone() - self.updated < RECENT
+        return "killed" if _is_gone(as_object(self.card.get("process")), recent) else "running"
 
     @property
     def badge(self) -> str:
@@ -134,15 +136,18 @@ def _cost(stage: Json) -> float:
     return finite(stage, "flops_per_image") or amount(stage, "flops") / max(amount(stage, "images"), 1)
 
 
-def _is_gone(process: Json) -> bool:
-    """Whether a process of this machine has ended (or another has its number now)."""
+def _is_gone(process: Json, recent: bool) -> bool:
+    """Whether a process of this machine has ended, or another has its number now.
+
+    Of a run that wrote its files recently the number is enough: a clock that is set moves the time at which a process seems to have begun.
+    """
     import psutil
 
     pid, started = finite(process, "pid"), finite(process, "started")
     if pid is None or started is None or process.get("host") != platform.node():
         return False
     try:
-        return abs(psutil.Process(int(pid)).create_time() - started) > 2
+        return abs(psutil.Process(int(pid)).create_time() - started) > 2 and not recent
     except psutil.NoSuchProcess:
         return True
     except psutil.Error:
