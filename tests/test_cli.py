@@ -151,6 +151,8 @@ def test_a_run_leaves_what_it_promises(finished: Path, capsys: pytest.CaptureFix
     }
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert {line["event"] for line in lines} == {"stage", "train", "heldout", "best", "sample"}
+    assert [(line["step"], line["seen"]) for line in lines if line["event"] == "heldout"] == [(5, 40), (6, 48), (10, 32)]
+    assert info["data"]["num_broken"] == 0
     pipeline = MaskDMPipeline.from_pretrained(finished / "model")
     average = load_file(finished / "checkpoints" / "step-00000010-finetune" / "average.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in pipeline.unet.state_dict().items())

@@ -95,6 +95,8 @@ def test_other_weights_to_begin_with_are_told_of(tmp_path: Path) -> None:
 def test_images_are_counted_over_all_stages(tmp_path: Path) -> None:
     (run,) = read_runs([make_run(tmp_path / "a", SLOW)])
     assert run.heldout_by_images() == [(1000.0, 0.8), (2000.0, 0.4), (3000.0, 0.2)]
+    (exact,) = read_runs([make_run(tmp_path / "c", [*SLOW[:3], SLOW[3] | {"seen": 2048}, *SLOW[4:]])])  # measured after the last record
+    assert exact.heldout_by_images() == [(1000.0, 0.8), (2048.0, 0.4), (3048.0, 0.2)]
     (blind,) = read_runs([make_run(tmp_path / "b")])  # its records do not count images
     assert blind.heldout() and blind.heldout_by_images() == []
     assert [gain(run, stage) for stage in run.stages] == [(3.0, 0.75), (1.0, 1.0)]  # 900 over 300 images/s, ideal 4

@@ -13,10 +13,11 @@ from PIL import Image
 from report_helpers import make_run
 from test_report import Page, _events, _measures, _picture
 
+from maskdm.evaluation.verdicts import OVERFITTING
 from maskdm.report import write_report
 from maskdm.report.charts import histogram, whisker
 from maskdm.report.images import FRAMES, allowance, picture
-from maskdm.report.page import number, scaled
+from maskdm.report.page import number, percent, scaled
 
 LEVELS = [{"t": 62.5, "train": 0.5, "heldout": 0.6, "gap": 0.1, "gap_interval": [0.05, 0.15]}]
 DENOISING = {"num_images": [1000, 359], "train": 0.2, "heldout": 0.25, "gap": 0.05, "gap_interval": [0.04, 0.06], "levels": LEVELS}
@@ -73,6 +74,7 @@ def test_the_worst_class_comes_first_with_its_interval_drawn(tmp_path: Path) -> 
 def test_overfitting_is_shown_level_by_level(tmp_path: Path) -> None:
     said = words(make_run(tmp_path / "a", measures=_measures() | {"denoising": DENOISING}))
     assert "All levels0.20.250.050.04 to 0.06" in said and "t = 62.50.50.60.10.05 to 0.15" in said
+    assert f"above {OVERFITTING:.0%}".replace("%", " %") in said  # the limit of the verdict above
     assert "level by level" not in words(make_run(tmp_path / "b"))
 
 
@@ -119,6 +121,22 @@ def test_overfitting_seen_on_the_way_names_the_training_images(tmp_path: Path) -
     events = [{"event": "heldout", "step": i, "seconds": i, "loss": new, "train_loss": old} for i, (new, old) in enumerate(losses)]
     said = words(make_run(tmp_path / "a", events))
     assert "Overfitting: the held-out loss rose from 0.2 at its best to 0.4, while that of training images fell on to 0.05." in said
+
+
+def test_a_loss_that_rises_on_training_images_too_is_no_overfitting(tmp_path: Path) -> None:
+    losses = [(0.4, 0.39), (0.2, 0.19), (0.3, 0.29), (0.4, 0.39)]
+    events = [{"event": "heldout", "step": i, "seconds": i, "loss": new, "train_loss": old} for i, (new, old) in enumerate(losses)]
+    said = words(make_run(tmp_path / "a", events))
+    assert "rose from 0.2 at its best to 0.4, that of training images went from 0.19 to 0.39." in said
+    assert "That is no overfitting; try a lower lr." in said
+    assert "Overfitting" not in said
+
+
+def test_all_broken_files_are_counted_where_not_all_are_listed(tmp_path: Path) -> None:
+    data = {"name": "digits", "broken": [[f"{i}.png", "cut off"] for i in range(200)]}
+    said = words(make_run(tmp_path / "a", data=data | {"num_broken": 1234}))
+    assert "Files left out (1 234)" in said and "and 1 134 more" in said
+    assert "Files left out (200)" in words(make_run(tmp_path / "b", data=data))
 
 
 def test_averages_are_drawn_against_the_one_that_training_kept(tmp_path: Path) -> None:
@@ -182,6 +200,8 @@ def test_whiskers_and_histograms_stay_inside_their_frames() -> None:
 
 def test_numbers_that_are_tiny_or_huge() -> None:
     assert number(1.2e-05) == "1.2\u202f\u00d7\u202f10\u207b\u2075" and number(-0.00012) == "-0.00012"
+    said = [number(999.7), number(-999.7), number(0.9996), scaled(999.7e9, "FLOP"), scaled(12345.0, "FLOP"), percent(-0.0001)]
+    assert [each.replace("\u202f", " ") for each in said] == ["1 000", "-1 000", "1", "1 TFLOP", "12 300 FLOP", "0 %"]
     assert scaled(1.25e12, "FLOP").replace("\u202f", " ") == "1.25 TFLOP" and scaled(None, "FLOP") == "&ndash;"
 
 

@@ -159,9 +159,10 @@ def _data(run: Run) -> str:
     ]
     broken = [[text(part) for part in as_list(item)] for item in as_list(data.get("broken"))]
     rows = [[*item, "", ""][:2] for item in broken[:100]]
-    more = f'<p class="soft">and {len(broken) - 100} more</p>' if len(broken) > 100 else ""
+    total = round(max(amount(data, "num_broken"), len(broken)))  # not all are listed in run.json
+    more = f'<p class="soft">and {number(total - len(rows))} more</p>' if total > len(rows) else ""
     listed = page.table("Files left out", ["File", "Reason"], rows, wide=True) + more
-    left = f"<h3>Files left out ({len(broken)})</h3>{listed}" if rows else ""
+    left = f"<h3>Files left out ({number(total)})</h3>{listed}" if rows else ""
     return page.bullets(facts + [text(note) for note in as_list(data.get("notes"))]) + left
 
 

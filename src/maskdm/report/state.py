@@ -117,15 +117,19 @@ class Run:
         return self._heldout_by(costs) if costs and all(costs.values()) else []
 
     def _heldout_by(self, costs: Json) -> Line:
-        """The spending from the `train` records, which count images within their stage; an image costs 1 unless `costs` says otherwise."""
+        """The spending so far; an image costs 1 unless `costs` says otherwise.
+
+        Records count images within their stage: `images` of `train`, `seen` of `heldout` (older logs have none, and lag by some steps).
+        """
         line: Line = []
         before, within, stage = 0.0, 0.0, None
         for record in self.events:
-            if record.get("event") == "train":
+            seen = finite(record, {"train": "images", "heldout": "seen"}.get(str(record.get("event")), ""))
+            if seen is not None:
                 if record.get("stage") != stage:
                     before, within, stage = before + within, 0.0, record.get("stage")
-                within = max(within, amount(record, "images") * costs.get(str(stage), 1.0))
-            elif record.get("event") == "heldout":
+                within = max(within, seen * costs.get(str(stage), 1.0))
+            if record.get("event") == "heldout":
                 loss, spent = finite(record, "loss"), before + within
                 line += [(spent, loss)] if spent > 0 and loss is not None and loss > 0 else []
         return line

@@ -17,11 +17,14 @@ def trend(run: Run) -> str:
         return ""
     best, before = min(losses), min(losses[: -max(1, len(losses) // 4)])
     if losses[-1] > 1.03 * best:
-        known = [finite(record, "train_loss") for record in (records[losses.index(best)], records[-1])]
+        then, now = (finite(record, "train_loss") for record in (records[losses.index(best)], records[-1]))
         told = f"the held-out loss rose from {number(best)} at its best to {number(losses[-1])}"
-        if known[0] is not None and known[1] is not None and known[1] < known[0]:
-            return f"Overfitting: {told}, while that of training images fell on to {number(known[1])}."
-        return f"Overfitting, perhaps: {told}."
+        if then is None or now is None:
+            return f"Overfitting, perhaps: {told}."
+        if now < then:
+            return f"Overfitting: {told}, while that of training images fell on to {number(now)}."
+        course = f"that of training images went from {number(then)} to {number(now)}"
+        return f"Worse, on training images too: {told}, {course}. That is no overfitting; try a lower lr."
     fall = 1 - best / before
     if fall > 0.01:
         advice = "" if run.status == "running" else "; train longer"
@@ -193,5 +196,6 @@ def overfitting(run: Run) -> str:
 
     rows = [row("All levels", found), *(row(f"t = {count(level, 't')}", level) for level in levels)]
     shown = page.table("Loss on training and held-out images", ["Noise level", "Training images", "Held-out images", "Gap"], rows)
-    note = "A gap above 0, interval and all, is overfitting. The levels differ by far: compare along a row."
+    note = "Overfitting: a gap over all levels above 3 % of the loss on training images, interval and all. "
+    note += "The levels differ by far: compare along a row."
     return f'<details><summary>Overfitting, level by level</summary>{shown}<p class="soft">{note}</p></details>'

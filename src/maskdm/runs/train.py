@@ -190,6 +190,7 @@ def _describe(resolved: Resolved, dataset: Dataset) -> dict[str, Any]:
         "channels": channels,
         "classes": list(dataset.class_names) if resolved.config.data.conditional else [],
         "broken": [list(each) for each in dataset.broken[:200]],
+        "num_broken": len(dataset.broken),
         "notes": list(dataset.notes),
     }
 

@@ -67,7 +67,7 @@ class Watch:
     def evaluate(self, step: Step) -> dict[str, float]:
         """Measure, log, keep the best; returns the figures by name."""
         settings, found = self.config.evaluation, dict[str, float]()
-        where = {"stage": step.stage.name, "seconds": step.seconds}
+        where = {"stage": step.stage.name, "seconds": step.seconds, "seen": step.images}
         if len(self.heldout):
             new, known = self._loss(self.heldout), self._loss(self.training)
             levels = {"levels": new.levels, "train_levels": known.levels}
