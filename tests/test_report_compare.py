@@ -239,6 +239,16 @@ def test_what_is_no_comparison(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_curves_of_one_colour_differ_in_their_strokes_not_in_their_contrast(tmp_path: Path) -> None:
+    out = compare_runs([make_run(tmp_path / f"run{index}", SLOW) for index in range(7)], tmp_path / "c.html")
+    page = Page(out.read_text(encoding="utf-8"))
+    strokes = [str(line["style"]) for line in page.all("polyline") if line["class"] == "curve"][:7]
+    assert strokes == ["stroke-dasharray: none"] * 5 + ["stroke-dasharray: 8 5"] * 2
+    keys = [str(span["style"]) for span in page.all("span") if "style" in span][:7]
+    assert ["dashed" in key for key in keys] == [False] * 5 + [True] * 2
+    assert not any("opacity" in str(attributes.get("style")) for _, attributes in page.tags)
+
+
 def test_lists_in_words() -> None:
     assert [names(["a", "b", "c"][:num]) for num in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
 

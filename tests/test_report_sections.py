@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from maskdm.evaluation.verdicts import OVERFITTING
 from maskdm.report import write_report
 from maskdm.report.charts import histogram, whisker
 from maskdm.report.images import FRAMES, allowance, picture
-from maskdm.report.page import number, percent, scaled
+from maskdm.report.page import NUM_COLORS, number, percent, scaled
 
 LEVELS = [{"t": 62.5, "train": 0.5, "heldout": 0.6, "gap": 0.1, "gap_interval": [0.05, 0.15]}]
 DENOISING = {"num_images": [1000, 359], "train": 0.2, "heldout": 0.25, "gap": 0.05, "gap_interval": [0.04, 0.06], "levels": LEVELS}
@@ -196,6 +197,29 @@ def test_whiskers_and_histograms_stay_inside_their_frames() -> None:
     ]
     assert min(heights) == 6 and max(heights) == 110
     assert histogram("red", [1.0], []) == ""
+
+
+def _contrast(first: str, second: str) -> float:
+    """WCAG's contrast of two colours #rrggbb."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    darker, lighter = sorted((luminance(first), luminance(second)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_what_is_drawn_stands_out_from_the_card_in_both_themes(tmp_path: Path) -> None:
+    source = write_report(make_run(tmp_path / "a")).read_text(encoding="utf-8")
+    (stroke,) = re.findall(r"\.filled {[^}]*stroke: var\(--(\w+)\)", source)
+    themes = [dict(re.findall(r"--(\w+): (#\w{6})", theme)) for theme in re.findall(r":root {(.*?)}", source, re.DOTALL)]
+    assert len(themes) == 2
+    for theme in themes:
+        assert all(_contrast(theme[name], theme["card"]) >= 3 for name in (stroke, *(f"c{index}" for index in range(NUM_COLORS))))
+    levels = next(part for part in source.split("<h3>") if part.startswith("Held-out loss by noise level"))
+    assert re.findall('stroke-dasharray: ([^"]*)', levels) == ["2 4", "8 5", "none", "none"]  # the first, one between, the last; training
 
 
 def test_numbers_that_are_tiny_or_huge() -> None:

@@ -121,7 +121,7 @@ def _levels(heldout: list[Json]) -> str:
     for place, index in enumerate(chosen, start=1):
         line = page.points(page.as_objects(records[index].get("levels")), "t", "loss")
         label = f"after {page.duration(amount(records[index], 'seconds'))}"
-        series.append(charts.Series(label, line, 1, strength=place / len(chosen), dots=True))
+        series.append(charts.Series(label, line, 1, dash=len(chosen) - place, dots=True))
     if records:
         known = page.points(page.as_objects(records[-1].get("train_levels")), "t", "loss")
         series.append(charts.Series("training images, last", known, 2, dots=True))
