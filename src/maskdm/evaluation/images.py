@@ -71,7 +71,8 @@ class Extractor:
     def __init__(self, network: FeatureNetwork, folder: Path, ranks: Ranks, progress: Progress | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.network, self.folder, self.ranks, self.progress = network, folder, ranks, progress
-        self._key = hashlib.sha256(f"{network.hash} {network.preprocessing}".encode()).hexdigest()[:16]
+        about = [network.hash, network.preprocessing, *network.further.values()]
+        self._key = hashlib.sha256(" ".join(about).encode()).hexdigest()[:16]
 
     def features(self, images: ImageSet, mirrored: bool = False) -> Float[Tensor, "_ _"]:
         """Features [n, dimensions], float32, mapped from the file; those of the images mirrored left to right, if asked."""
