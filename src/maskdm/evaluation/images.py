@@ -84,3 +84,15 @@ class Extractor:
 
         shape = (len(images), self.network.dimensions)
         return torch.from_numpy(fill(path, shape, np.float32, make, self.ranks, self.progress))
+
+    def classes(self, images: ImageSet) -> NDArray[np.int64] | None:
+        """The class [n] that the network puts each image in, mapped from the file; None where it knows no classes."""
+
+        def make(rows: slice) -> NDArray[np.int64]:
+            predicted = self.network.predict(images.take(rows))
+            assert predicted is not None
+            return predicted.numpy()
+
+        if not self.network.num_classes:
+            return None
+        return fill(self.folder / f"{self._key}-{images.key}-classes.npy", (len(images),), np.int64, make, self.ranks, self.progress)

@@ -38,7 +38,8 @@ def verdicts(measures: Mapping[str, Any], called: str = "training images") -> li
     found.append((colour["drift"], colour["verdict"]) if colour else None)
     said = sorted((each for each in found if each is not None), key=lambda each: not each[0])
     few = [f"Only {measures['num_samples']} samples were measured: take the figures as rough."] if measures["num_samples"] < 1000 else []
-    return [sentence for _, sentence in said] + few
+    left_out = [measures["class_accuracy_left_out"]] if "class_accuracy_left_out" in measures else []
+    return [sentence for _, sentence in said] + left_out + few
 
 
 def _grade(value: float, grades: tuple[tuple[float, str], ...]) -> str:
