@@ -25,6 +25,7 @@ from maskdm.evaluation import (
     frechet_distance,
     train_self,
 )
+from maskdm.runs.evaluate import summary
 
 Digits = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -208,6 +209,7 @@ def test_counts_keys_and_provenance_are_ready_for_json(extractor: Extractor, dig
     assert written["features"] == extractor.network.provenance()
     assert written["provenance"] == {"steps": 50}
     assert "fid" not in json.dumps(written).lower()
+    assert any("two disjoint parts of the real images, 150 each" in line for line in summary(written))
     assert len(found.neighbours) == len(found.worst) == 16
     for key, value in written.items():
         if f"{key}_interval" in written:

@@ -36,8 +36,8 @@ def manifold(real: Tensor, fake: Tensor, k: int = 5, block: int = 2048) -> Manif
     A ball reaches as far as its centre's k-th nearest neighbour in the same set. Precision: share of fakes in any ball of a
     real. Recall: share of reals in any ball of a fake. Density: balls of reals that a fake lies in, over k. Coverage: share of
     reals with a fake in their ball. Intervals are over the draw of the images counted, those of recall and coverage over the draw
-    of the fakes as well, by a delete-one-group jackknife (Efron 1982): for reals are many, and fakes few. The balls of
-    reals are held fixed. At most block^2 distances are held. More than k images each (UserError).
+    of the fakes too (a delete-one-group jackknife: Efron 1982), which varies them more; the balls of reals are held fixed.
+    At most block^2 distances are held. More than k images each (UserError).
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"precision and recall need more than {k} images, here {len(real)} and {len(fake)}; give more images")
