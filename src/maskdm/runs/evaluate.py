@@ -260,7 +260,7 @@ def summary(measures: dict[str, Any]) -> list[str]:
     lines.append(f"  kernel distance   {between('kernel_distance')}{beside('kernel_distance')}")
     name = "FID              " if "fid" in measures else "Frechet distance "
     count = measures.get("frechet_distance_halves_count")
-    halves = f"; two real halves of {count}: {measures['frechet_distance_halves']:.4g}" if count else ""
+    halves = f"; two disjoint parts of the real images, {count} each: {measures['frechet_distance_halves']:.4g}" if count else ""
     lines.append(f"  {name} {between('frechet_distance')}{beside('frechet_distance')}{halves}")
     if "frechet_distance_infinity" in measures:
         lines.append(f"  ... of endless images {between('frechet_distance_infinity')}")
