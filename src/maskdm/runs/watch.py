@@ -18,7 +18,7 @@ from maskdm.evaluation import DenoisingLoss, Estimate, Extractor, ImageSet, deno
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
-from maskdm.runs.sets import image_set, images_and_labels
+from maskdm.runs.sets import image_set, images_and_labels, natural_labels
 from maskdm.runs.store import cache_directory, save_best
 
 MEASURED = 256
@@ -111,8 +111,7 @@ class Watch:
 
     def _distance(self, num: int, judge: tuple[Extractor, Tensor]) -> tuple[Estimate, str]:
         extractor, real = judge
-        classes = len(self.dataset.class_names) if self.config.data.conditional else 0
-        drawn = self.draw(num, [i % classes for i in range(num)] if classes else None)
+        drawn = self.draw(num, natural_labels(self.config, self.dataset, self.training, num))
         fake = extractor.network.features(torch.from_numpy(drawn))
         return kernel_distance(fake, real).estimate, extractor.network.name
 
