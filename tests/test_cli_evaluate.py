@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 
 from maskdm.cli import run_command
 from maskdm.data import Dataset
-from maskdm.evaluation import FeatureNetwork
+from maskdm.evaluation import DenoisingLoss, FeatureNetwork
 from maskdm.recipes import recipe
 from maskdm.runs import observe, sweep
 from maskdm.runs import watch as runs_watch
@@ -301,6 +302,40 @@ def test_stopping_and_the_best_survive_a_kill(tmp_path: Path, monkeypatch: pytes
         kept = [[(event["step"], event.get("loss"), event.get("value")) for event in events(each, name)] for each in (whole, cut)]
         assert kept[0] == kept[1], name
     assert read(whole / "best" / "manifest.json") == read(cut / "best" / "manifest.json")
+
+
+def test_an_evaluation_that_is_not_a_number_is_no_better_and_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter(value for loss in (0.3, -float("inf"), 0.25, float("nan"), 0.3, 0.28) for value in (loss, 0.1))  # 0.1: of training images
+    monkeypatch.setattr(runs_watch, "denoising_loss", lambda *_: DenoisingLoss(torch.full((2, 8), next(losses))))
+    out = tmp_path / "run"
+    assert run_command(["train", "digits", "--recipe", "digits", "--out", str(out), *TINY]) == 0
+    assert [(event["step"], event["value"]) for event in events(out, "not_finite")] == [(4, "-inf"), (8, "nan")]
+    assert [(event["step"], event["value"]) for event in events(out, "best")] == [(2, pytest.approx(0.3)), (6, 0.25)]
+    watch = read(out / "checkpoints" / "step-00000012-finetune" / "manifest.json")["meter"]["watch"]
+    assert (watch["stage_best"], watch["since"]) == (0.25, 3)
+
+
+def test_figures_that_do_not_compare_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork to another network, or other sampling, begins anew with the best; one to other grids does not."""
+    monkeypatch.setattr(runs_watch, "choose_network", lambda spec, *_: Pixels(spec, spec, 64, 0, "none", 64))
+    out = tmp_path / "run"
+    settings = ["--evaluation.samples", "20", "--evaluation.measure", "kernel-distance", "--intervals.evaluate", "50"]
+    assert run_command(["train", "digits", "--recipe", "digits", "--out", str(out), *TINY, *settings]) == 0
+    command, steps = ["train", "digits", "--out", str(out), "--fork"], 8
+    for changed, expected in (
+        (["--sampling.num", "2"], []),
+        (["--evaluation.features", "other"], ["features"]),
+        (["--evaluation.samples", "10"], ["samples"]),
+        (["--sampling.steps", "1"], ["sampling"]),
+        (["--evaluation.measure", "heldout-loss"], ["classes", "features", "measure", "preprocessing", "samples", "sampling"]),
+    ):
+        before, steps = read(out / "best" / "manifest.json"), steps + 1
+        assert run_command([*command, "--finetune.budget.steps", str(steps), *changed]) == 0
+        afresh = [event for event in events(out, "afresh") if event["step"] == steps + 3]
+        differ = [sorted(key for key in each["before"] if each["before"][key] != each["now"].get(key)) for each in afresh]
+        assert differ == ([expected] if expected else [])
+        after = read(out / "best" / "manifest.json")
+        assert after["step"] == steps + 4 if expected else after == before or after["value"] < before["value"]
 
 
 def test_patience_and_measure_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
