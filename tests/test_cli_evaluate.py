@@ -281,6 +281,30 @@ def test_a_stage_ends_when_nothing_gets_better(tmp_path: Path) -> None:
     assert (out / "model").is_dir()
 
 
+def test_a_stage_that_patience_ended_goes_on_under_another_budget_or_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    still = ["--pretrain.lr", "1e-12", "--finetune.lr", "1e-12", "--evaluation.patience", "2"]
+    settings = [*TINY, "--pretrain.budget.steps", "30", "--finetune.budget.steps", "30"]
+    assert run_command(["train", "digits", "--recipe", "digits", "--out", str(out), *settings, *still]) == 0
+    again = ["train", "digits", "--out", str(out)]
+
+    def state() -> tuple[list[int], bool]:
+        stages = RunDirectory(out).info()["stages"]
+        return [stage["steps"] for stage in stages], stages[1]["ended_early"]
+
+    (pretrain, ended), early = state()
+    assert early and ended < 30
+    assert run_command([*again, "--sampling.num", "5", "--fork"]) == 0
+    assert state() == ([pretrain, ended], True)
+    assert run_command([*again, "--finetune.budget.steps", "40", "--fork"]) == 0  # two more evaluations without a better one
+    assert state() == ([pretrain, ended + 4], True)
+    with monkeypatch.context() as patch:  # killed before its first checkpoint, the fork goes on by the plain command
+        patch.setattr(runs_watch.Watch, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_command([*again, "--evaluation.patience", "none", "--intervals.save", "50", "--fork"]) == 130
+    assert run_command(again) == 0
+    assert state() == ([pretrain, 40], False)
+
+
 def test_stopping_and_the_best_survive_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from maskdm.runs.watch import Watch
 

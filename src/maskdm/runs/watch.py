@@ -63,7 +63,9 @@ class Watch:
             self.run.log("afresh", self.trainer.progress.step, before=before, now=self._basis)
             return
         self._best, self._stage_best = (math.inf if state[key] is None else state[key] for key in ("best", "stage_best"))
-        self._since = state["since"]
+        patience = self.config.evaluation.patience
+        if patience is None or state["since"] < patience:  # else a fork lets the stage go on, and patience begins anew
+            self._since = state["since"]
 
     def enter_stage(self) -> None:
         """Forget how long the stage before had not improved."""
