@@ -28,12 +28,16 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass
 class StageProgress:
-    """What a stage has done: optimizer steps, training images, seconds inside steps; and whether it was ended before its budget."""
+    """What a stage has done: optimizer steps, training images, seconds inside steps; and whether it was ended before its budget.
+
+    `terms`: the budget and patience under which it was ended; under others it goes on.
+    """
 
     steps: int = 0
     images: int = 0
     seconds: float = 0.0
     ended: bool = False
+    terms: dict[str, Any] | None = None
 
     def share(self, budget: Budget) -> float:
         """Part of the budget used up, 0..1: that of the limit nearest to its end."""
@@ -124,6 +128,7 @@ class Trainer:
         progress["stages"] = [StageProgress(**stage) for stage in progress["stages"]]
         progress["stages"] += [StageProgress() for _ in self.config.stages[len(progress["stages"]) :]]
         self.progress = Progress(**progress)
+        self._reopen()
         if numbers.get("powers", {}).get("sigma_rel") == list(self.powers.sigma_rel):
             self.powers.restore(tensors.get("powers", {}), numbers["powers"])
         else:  # saved by a version without them, or under another setting: they begin here
@@ -146,7 +151,21 @@ class Trainer:
 
     def end_stage(self) -> None:
         """End the stage at the step just yielded, whatever is left of its budget."""
-        self.progress.stages[self.progress.stage].ended = True
+        done = self.progress.stages[self.progress.stage]
+        done.ended, done.terms = True, self._terms(self.config.stages[self.progress.stage])
+
+    def _terms(self, stage: Stage) -> dict[str, Any]:
+        return {"budget": asdict(stage.budget), "patience": self.config.evaluation.patience}
+
+    def _reopen(self) -> None:
+        """Let a stage go on that was ended under another budget or patience, unless the next has begun.
+
+        An older version did not keep them: a stage that it ended stays so.
+        """
+        here = self.progress.stage
+        for stage, done in zip(self.config.stages[here:], self.progress.stages[here:], strict=True):
+            if done.terms is not None and done.terms != self._terms(stage):
+                done.ended, done.terms = False, None
 
     def _enter(self, stage: Stage) -> None:
         """Start a stage: weights raw or averaged from what came before, a new average and a fresh optimizer."""
