@@ -9,7 +9,7 @@ import pytest
 PUBLIC = {
     "maskdm": ["DiT", "MaskDMPipeline", "UViT", "__version__"],
     "maskdm.data": [
-        "Batch", "BrokenImage", "Dataset", "Loader", "Source", "Summary", "decode", "duplicates", "flip", "inspect",
+        "Batch", "BrokenImage", "Dataset", "Feed", "Loader", "Source", "Summary", "decode", "duplicates", "flip", "inspect",
         "open_source", "prepare", "to_model_range", "to_uint8",
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"],

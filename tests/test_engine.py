@@ -101,6 +101,48 @@ def test_a_batch_in_pieces_is_the_batch_at_once(dataset: Dataset) -> None:
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_halves_the_pieces_and_changes_no_step(
+    error: Exception, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(config(), stages=tuple(replace(stage, accumulate=1) for stage in config().stages))
+    pieces = (4, 4)  # of 12 and of 8 images, where no more than 3 fit
+    in_pieces = replace(config(), stages=tuple(replace(s, accumulate=n) for s, n in zip(config().stages, pieces, strict=True)))
+    expected = trainer(in_pieces, dataset)
+    list(expected.run())
+    cramped = trainer(asked, dataset)
+    plain = UViT.denoise
+
+    def denoise(self: UViT, patches: Tensor, *rest: Any) -> Tensor:
+        if len(patches) > 3:
+            raise error
+        return plain(self, patches, *rest)
+
+    monkeypatch.setattr(UViT, "denoise", denoise)
+    assert [step.pieces for step in cramped.run()] == [4] * 5 + [4] * 4
+    assert all(torch.equal(flat(expected.tensors())[name], value) for name, value in flat(cramped.tensors()).items())
+
+
+def test_memory_too_small_for_one_image_is_an_error(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denoise(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(UViT, "denoise", denoise)
+    with pytest.raises(torch.OutOfMemoryError):
+        next(trainer(config(), dataset).run())
+
+
+def test_other_errors_are_not_taken_for_memory(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denoise(*_: Any) -> Tensor:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(UViT, "denoise", denoise)
+    with pytest.raises(RuntimeError, match="shapes"):
+        next(trainer(config(), dataset).run())
+
+
 def test_recomputing_activations_and_bf16_train_too(dataset: Dataset) -> None:
     plain = [float(s.loss) for s in trainer(config(), dataset).run()]
     recompute = replace(config(), hardware=Hardware(checkpoint_activations=True))

@@ -8,7 +8,7 @@ import torch
 import maskdm
 from maskdm.config import SHORTHANDS, Data, UViTConfig
 from maskdm.models import Denoiser, DiT, UViT, build, patchify, unpatchify
-from maskdm.models.layers import RotaryPositions, rotate
+from maskdm.models.layers import MOST_SCORES, RotaryPositions, attend, rotate
 
 
 def make(kind: type[UViT] | type[DiT], size: int | tuple[int, int] = 8, classes: int = 10) -> Denoiser:
@@ -130,6 +130,41 @@ def test_rotation_keeps_length_and_depends_on_distance_alone() -> None:
 
     assert score(0, 5) == pytest.approx(score(5, 10), abs=1e-5)  # one down and one across, both times
     assert score(0, 5) != pytest.approx(score(0, 1), abs=1e-4)
+
+
+def test_the_gradient_of_a_rotation() -> None:
+    turn = RotaryPositions(8, (3, 3))(torch.tensor([[0, 2, 4, 8], [1, 3, 5, 7]]))
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, turn), x)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 63, 64, 130, MOST_SCORES + 1])
+def test_attention_in_bf16_is_the_exact_one_and_so_is_its_gradient(tokens: int) -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, tokens, 16, requires_grad=True) for _ in range(3)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    expected, got = torch.nn.functional.scaled_dot_product_attention(*exact), attend(*rounded)
+    assert got.dtype == torch.bfloat16 and got.shape == expected.shape
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.02)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (got * weight).sum().backward()
+    for mine, theirs in zip(rounded, exact, strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        difference = (mine.grad.float() - theirs.grad).square().mean().sqrt() / theirs.grad.square().mean().sqrt().clamp(min=1e-6)
+        assert difference < 0.02 or theirs.grad.abs().max() < 1e-5  # of one token, queries and keys have no gradient
+
+
+@both
+@pytest.mark.parametrize("keep", [16, 5])
+def test_half_precision_stays_near_the_full_one(kind: type[UViT] | type[DiT], keep: int) -> None:
+    model, x, kept = make(kind), torch.randn(4, keep, 4), torch.arange(16).expand(4, -1)[:, :keep]
+    arguments = torch.tensor([3.0, 200.0, 500.0, 999.0]), torch.arange(4), kept
+    with torch.no_grad():
+        exact = model(x, *arguments).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(x, *arguments).sample
+    assert (rounded.float() - exact).square().mean().sqrt() < 0.02 * exact.std()
 
 
 def test_the_classes_of_a_saved_pipeline_are_found() -> None:

@@ -54,6 +54,11 @@ def _has_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: on a GPU by torch's own error, on a CPU known by its words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
