@@ -39,7 +39,7 @@ from maskdm.runs.resolve import parse_size
 from maskdm.runs.sample import SampleRequest, choose_labels, draw_images, sampling_settings
 from maskdm.runs.sets import LEAST_HELDOUT, dataset_of, image_set, sets_of
 from maskdm.runs.store import cache_directory, load_pipeline, state_hash
-from maskdm.sampling import MaskDMPipeline, make_scheduler
+from maskdm.sampling import make_scheduler
 
 MOST_DENOISED = 1000
 """Training and held-out images whose denoising loss is measured."""
@@ -128,7 +128,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
 
 
 def _draw(
-    pipeline: MaskDMPipeline, settings: Sampling, request: SampleRequest, machine: Machine, ranks: Ranks, display: Display
+    pipeline: maskdm.MaskDMPipeline, settings: Sampling, request: SampleRequest, machine: Machine, ranks: Ranks, display: Display
 ) -> ImageSet:
     """Samples, kept in the cache: a killed evaluation goes on, and another network measures the same ones."""
     pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
@@ -157,7 +157,9 @@ def _draw(
     return ImageSet(pixels, np.arange(request.num), key, None if labels is None else np.array(labels))
 
 
-def _overfitting(pipeline: MaskDMPipeline, config: Config, machine: Machine, training: ImageSet, heldout: ImageSet) -> dict[str, object]:
+def _overfitting(
+    pipeline: maskdm.MaskDMPipeline, config: Config, machine: Machine, training: ImageSet, heldout: ImageSet
+) -> dict[str, object]:
     losses = []
     for images in (training, heldout):
         places = images.places(MOST_DENOISED)

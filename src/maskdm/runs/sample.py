@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import maskdm
 from maskdm.config import Config, Sampling, SchedulerName
 from maskdm.data import to_uint8
 from maskdm.errors import UserError, nearest
 from maskdm.pictures import grid, to_pil
 from maskdm.runs.directory import Weights
-from maskdm.sampling import MaskDMPipeline, make_scheduler, seeded
+from maskdm.sampling import make_scheduler, seeded
 
 
 def draw_images(
-    pipeline: MaskDMPipeline,
+    pipeline: maskdm.MaskDMPipeline,
     settings: Sampling,
     indices: range,
     labels: Sequence[int] | None,
@@ -70,7 +71,9 @@ class SampleRequest:
     """Length (sigma_rel) of the average made from the snapshots; None: the one that training kept."""
 
 
-def sample(request: SampleRequest, pipeline: MaskDMPipeline, settings: Sampling, progress: Callable[[int, int], None] | None) -> list[Path]:
+def sample(
+    request: SampleRequest, pipeline: maskdm.MaskDMPipeline, settings: Sampling, progress: Callable[[int, int], None] | None
+) -> list[Path]:
     """Write sample-000000.png and so on, and grid.png, under settings from `sampling_settings`.
 
     Returns the paths, the grid last. Raises UserError.
