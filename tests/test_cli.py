@@ -151,6 +151,8 @@ def test_a_run_leaves_what_it_promises(finished: Path, capsys: pytest.CaptureFix
     }
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert {line["event"] for line in lines} == {"stage", "train", "heldout", "best", "sample"}
+    assert [(line["step"], line["seen"]) for line in lines if line["event"] == "heldout"] == [(5, 40), (6, 48), (10, 32)]
+    assert info["data"]["num_broken"] == 0
     pipeline = MaskDMPipeline.from_pretrained(finished / "model")
     average = load_file(finished / "checkpoints" / "step-00000010-finetune" / "average.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in pipeline.unet.state_dict().items())
@@ -163,8 +165,14 @@ def test_changed_settings_are_refused_by_name_unless_forked(finished: Path, caps
     again = ["train", "digits", "--out", str(finished)]
     assert run_command([*again, "--finetune.budget.steps", "7"]) == 2
     assert "stages.finetune.budget.steps: 4 -> 7" in capsys.readouterr().err
+    first = json.loads((finished / "run.json").read_text())["command"]
     assert run_command([*again, "--finetune.budget.steps", "7", "--fork"]) == 0
-    assert json.loads((finished / "run.json").read_text())["stages"][1]["steps"] == 7
+    info, page = (finished / name for name in ("run.json", "report.html"))
+    assert json.loads(info.read_text())["stages"][1]["steps"] == 7
+    assert json.loads(info.read_text())["command"].endswith("--finetune.budget.steps 7 --fork")  # the first one would be refused now
+    said = page.read_text()
+    assert f"At step 10 <code>--fork</code> changed stages.finetune.budget.steps: 4 -&gt; 7; begun by <code>{first}</code>" in said
+    assert run_command(["train", *again[1:], "--finetune.budget.steps", "7", "--fork"]) == 0  # what the page gives goes on
     assert [json.loads(x)["changed"] for x in (finished / "metrics.jsonl").read_text().splitlines() if '"fork"' in x] == [
         ["stages.finetune.budget.steps: 4 -> 7"]
     ]
@@ -173,6 +181,25 @@ def test_changed_settings_are_refused_by_name_unless_forked(finished: Path, caps
     assert "model.width: 16 -> 32, which cannot change in a run" in capsys.readouterr().err
     assert run_command([*again, "--stages", "[{name: finetune, budget: {steps: 10}}]", "--fork"]) == 2
     assert "has the stages pretrain, finetune" in capsys.readouterr().err
+
+
+def test_what_fails_before_the_first_step_or_after_the_last_is_in_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no space left")
+
+    out = tmp_path / "run"
+    command = ["train", "digits", "--recipe", "digits", "--out", str(out), *TINY]
+    judged = ["--evaluation.samples", "10", "--evaluation.features", f"onnx:{tmp_path / 'absent.onnx'}"]
+    assert run_command([*command, *judged]) == 2
+    info = json.loads((out / "run.json").read_text())
+    assert info["status"] == "failed" and "absent.onnx" in info["error"]
+    assert "absent.onnx" in (out / "report.html").read_text()
+    monkeypatch.setattr("maskdm.runs.observe.save_pipeline", fail)
+    with pytest.raises(RuntimeError, match="no space left"):
+        run_command([*command, "--fork"])
+    info = json.loads((out / "run.json").read_text())
+    assert (info["status"], info["error"], info["stages"][1]["steps"]) == ("failed", "no space left", 4)
+    assert "no space left" in (out / "report.html").read_text()
 
 
 def test_other_data_and_damage_are_refused_by_name(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from maskdm.cli import run_command
+from maskdm.data import Dataset
+from maskdm.evaluation import DenoisingLoss, FeatureNetwork
+from maskdm.recipes import recipe
+from maskdm.runs import observe, sweep
+from maskdm.runs import watch as runs_watch
 from maskdm.runs.directory import RunDirectory
+from maskdm.runs.sets import natural_labels
 
 TINY = [
     "--model.width", "16", "--depth", "3", "--heads", "2", "--threads", "1", "--precision", "fp32", "--sampling.steps", "2",
@@ -49,6 +59,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray((pixels[row].reshape(8, 8) * (255 / 16)).round().astype(np.uint8)).save(place / f"{row}.png")
     return path / "a", path / "b"
+
+
+class Pixels(FeatureNetwork):
+    """The images' pixels themselves."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        return images.float().flatten(1) / 255
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -108,6 +125,57 @@ def test_a_run_is_measured_and_every_evaluation_kept(run: Path, tmp_path: Path, 
         with Image.open(run / name) as picture:
             assert picture.width > 100
     assert "<html" in (run / "report.html").read_text()
+
+
+def test_classes_are_asked_for_as_often_as_the_training_images_have_them() -> None:
+    config = recipe("digits", "digits")
+    labels = np.repeat([0, 1, 2, *range(3, 43)], [500, 301, 99, *[1] * 40])
+    dataset = Dataset(np.zeros((len(labels), 1, 1, 1), np.uint8), labels, tuple(map(str, range(43))), "", "", (), (), Path())
+    every = np.arange(len(labels))
+    drawn = natural_labels(config, dataset, every, len(labels))
+    assert drawn is not None and np.bincount(drawn).tolist() == np.bincount(labels).tolist()
+    for num in range(10, len(labels), 50):  # a beginning, and the rare classes together, are about like the whole
+        for group in ([0], [1], [2], range(3, 23), range(3, 43)):
+            expected = num * np.isin(labels, group).mean()
+            assert abs(np.isin(drawn[:num], group).sum() - expected) < 4, (num, group)
+    few = natural_labels(config, dataset, every[:801], 7)
+    assert few is not None and np.bincount(few).tolist() == [4, 3]
+    plain = replace(config, data=replace(config.data, conditional=False))
+    assert natural_labels(plain, dataset, every, 7) is None
+
+
+def test_unbalanced_data_are_measured_with_samples_as_unbalanced(
+    tmp_path: Path, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine digits of one class to one of another: by every command that measures samples."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    for name, count in (("0", 27), ("1", 3)):
+        (data / name).mkdir(parents=True)
+        for file in sorted((folders[0] / name).iterdir())[:count]:
+            (data / name / file.name).write_bytes(file.read_bytes())
+    asked: list[tuple[str, list[int]]] = []
+
+    def recorded(module: ModuleType) -> None:
+        true = module.draw_images
+
+        def draw(pipeline: Any, settings: Any, indices: range, labels: list[int], *rest: Any) -> Any:
+            asked.append((module.__name__.rpartition(".")[2], np.bincount(labels, minlength=2).tolist()))
+            return true(pipeline, settings, indices, labels, *rest)
+
+        monkeypatch.setattr(module, "draw_images", draw)
+
+    for module in (sys.modules["maskdm.runs.evaluate"], observe, sweep):
+        recorded(module)
+    for module in (runs_watch, sweep):
+        monkeypatch.setattr(module, "choose_network", lambda *_: Pixels("pixels", "0", 64, 0, "none", 64))
+    settings = ["--heldout", "0", "--evaluation.samples", "20", "--intervals.evaluate", "8", "--sampling.num", "3"]
+    assert run_command(["train", str(data), "--recipe", "digits", "--out", str(out), *TINY, *settings]) == 0
+    assert ("observe", [18, 2]) in asked
+    assert run_command(["ema-sweep", str(out), "--measure", "kernel-distance", "--num", "10", "--sigma-rel", "0.1"]) == 0
+    assert run_command(["evaluate", str(out), "--num", "30"]) == 0
+    assert [each for each in asked if each[0] != "observe"] == [("sweep", [9, 1])] * 2 + [("evaluate", [27, 3])]
+    for file in ("metrics.json", "ema_sweep.json"):
+        assert read(out / file)["provenance"]["classes"] == "as in the training images"
 
 
 def test_samples_are_drawn_once_and_a_killed_evaluation_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +281,30 @@ def test_a_stage_ends_when_nothing_gets_better(tmp_path: Path) -> None:
     assert (out / "model").is_dir()
 
 
+def test_a_stage_that_patience_ended_goes_on_under_another_budget_or_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    still = ["--pretrain.lr", "1e-12", "--finetune.lr", "1e-12", "--evaluation.patience", "2"]
+    settings = [*TINY, "--pretrain.budget.steps", "30", "--finetune.budget.steps", "30"]
+    assert run_command(["train", "digits", "--recipe", "digits", "--out", str(out), *settings, *still]) == 0
+    again = ["train", "digits", "--out", str(out)]
+
+    def state() -> tuple[list[int], bool]:
+        stages = RunDirectory(out).info()["stages"]
+        return [stage["steps"] for stage in stages], stages[1]["ended_early"]
+
+    (pretrain, ended), early = state()
+    assert early and ended < 30
+    assert run_command([*again, "--sampling.num", "5", "--fork"]) == 0
+    assert state() == ([pretrain, ended], True)
+    assert run_command([*again, "--finetune.budget.steps", "40", "--fork"]) == 0  # two more evaluations without a better one
+    assert state() == ([pretrain, ended + 4], True)
+    with monkeypatch.context() as patch:  # killed before its first checkpoint, the fork goes on by the plain command
+        patch.setattr(runs_watch.Watch, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_command([*again, "--evaluation.patience", "none", "--intervals.save", "50", "--fork"]) == 130
+    assert run_command(again) == 0
+    assert state() == ([pretrain, 40], False)
+
+
 def test_stopping_and_the_best_survive_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from maskdm.runs.watch import Watch
 
@@ -234,6 +326,40 @@ def test_stopping_and_the_best_survive_a_kill(tmp_path: Path, monkeypatch: pytes
         kept = [[(event["step"], event.get("loss"), event.get("value")) for event in events(each, name)] for each in (whole, cut)]
         assert kept[0] == kept[1], name
     assert read(whole / "best" / "manifest.json") == read(cut / "best" / "manifest.json")
+
+
+def test_an_evaluation_that_is_not_a_number_is_no_better_and_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter(value for loss in (0.3, -float("inf"), 0.25, float("nan"), 0.3, 0.28) for value in (loss, 0.1))  # 0.1: of training images
+    monkeypatch.setattr(runs_watch, "denoising_loss", lambda *_: DenoisingLoss(torch.full((2, 8), next(losses))))
+    out = tmp_path / "run"
+    assert run_command(["train", "digits", "--recipe", "digits", "--out", str(out), *TINY]) == 0
+    assert [(event["step"], event["value"]) for event in events(out, "not_finite")] == [(4, "-inf"), (8, "nan")]
+    assert [(event["step"], event["value"]) for event in events(out, "best")] == [(2, pytest.approx(0.3)), (6, 0.25)]
+    watch = read(out / "checkpoints" / "step-00000012-finetune" / "manifest.json")["meter"]["watch"]
+    assert (watch["stage_best"], watch["since"]) == (0.25, 3)
+
+
+def test_figures_that_do_not_compare_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork to another network, or other sampling, begins anew with the best; one to other grids does not."""
+    monkeypatch.setattr(runs_watch, "choose_network", lambda spec, *_: Pixels(spec, spec, 64, 0, "none", 64))
+    out = tmp_path / "run"
+    settings = ["--evaluation.samples", "20", "--evaluation.measure", "kernel-distance", "--intervals.evaluate", "50"]
+    assert run_command(["train", "digits", "--recipe", "digits", "--out", str(out), *TINY, *settings]) == 0
+    command, steps = ["train", "digits", "--out", str(out), "--fork"], 8
+    for changed, expected in (
+        (["--sampling.num", "2"], []),
+        (["--evaluation.features", "other"], ["features"]),
+        (["--evaluation.samples", "10"], ["samples"]),
+        (["--sampling.steps", "1"], ["sampling"]),
+        (["--evaluation.measure", "heldout-loss"], ["classes", "features", "measure", "preprocessing", "samples", "sampling"]),
+    ):
+        before, steps = read(out / "best" / "manifest.json"), steps + 1
+        assert run_command([*command, "--finetune.budget.steps", str(steps), *changed]) == 0
+        afresh = [event for event in events(out, "afresh") if event["step"] == steps + 3]
+        differ = [sorted(key for key in each["before"] if each["before"][key] != each["now"].get(key)) for each in afresh]
+        assert differ == ([expected] if expected else [])
+        after = read(out / "best" / "manifest.json")
+        assert after["step"] == steps + 4 if expected else after == before or after["value"] < before["value"]
 
 
 def test_patience_and_measure_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,33 @@ def steps(run: Iterator[Any], count: int) -> list[Any]:
     return [next(run) for _ in range(count)]
 
 
+# --- ended early, and resumed ---
+
+
+def test_only_the_last_stage_and_only_under_other_terms_goes_on_where_it_was_ended(dataset: Dataset) -> None:
+    first = trainer(config(), dataset)
+    run = first.run()
+    steps(run, 2)
+    first.end_stage()
+    steps(run, 2)
+    first.end_stage()
+    patient = replace(config(), evaluation=replace(config().evaluation, patience=3))
+    older = first.numbers()
+    for stage in older["progress"]["stages"]:
+        del stage["terms"]
+    for settings, numbers, expected in (
+        (config(), first.numbers(), (2, 2)),
+        (patient, first.numbers(), (2, 4)),
+        (config(second=3), first.numbers(), (2, 3)),
+        (config(first=9), first.numbers(), (2, 2)),
+        (config(second=3), older, (2, 2)),
+    ):
+        second = trainer(settings, dataset)
+        second.restore(first.tensors(), numbers)
+        list(second.run())
+        assert tuple(stage.steps for stage in second.progress.stages) == expected
+
+
 # --- exact resume ---
 
 

@@ -54,7 +54,13 @@ def test_kernel_distance_of_a_part_is_drawn_by_the_seed() -> None:
         kernel_distance(a[:3], b)
 
 
-def test_the_interval_is_of_two_standard_errors() -> None:
-    found = kernel_distance(normal(60, 5, 1), normal(60, 5, 2))
+@pytest.mark.parametrize(("count", "groups", "quantile"), [(60, 20, 2.093), (6, 3, 4.303), (4, 2, 12.706)])
+def test_the_interval_is_students(count: int, groups: int, quantile: float) -> None:
+    found = kernel_distance(normal(60, 5, 1), normal(count, 5, 2))
+    assert found.groups == groups
     assert found.estimate.value == found.value
-    assert found.estimate.high - found.estimate.low == pytest.approx(2 * 1.96 * found.standard_error, rel=1e-3)
+    assert found.estimate.high - found.estimate.low == pytest.approx(2 * quantile * found.standard_error, rel=1e-3)
+
+
+def test_it_says_how_many_were_compared() -> None:
+    assert kernel_distance(normal(70, 4, 1), normal(20, 4, 2), limit=50).counts == (50, 20)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from maskdm.engine import Ranks
 from maskdm.errors import UserError
-from maskdm.evaluation import FeatureNetwork, load_network
+from maskdm.evaluation import Extractor, FeatureNetwork, ImageSet, load_network
 from maskdm.evaluation.onnx_network import OnnxNetwork
 from maskdm.evaluation.weights import sha256_of
 
@@ -92,7 +93,18 @@ def test_features_are_the_networks_output(tmp_path: Path) -> None:
         "hash": sha256_of(path),
         "dimensions": 5,
         "preprocessing": "RGB in 0..255",
+        "output": "vectors",
     }
+
+
+def test_features_of_another_output_are_kept_apart(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.onnx", outputs=("vectors", "features"))
+    pixels = pictures(12, 3, 4, 4).permute(0, 2, 3, 1).contiguous().numpy()
+    images = ImageSet(pixels, np.arange(12), "some")
+    for output, sign in (("vectors", 1), ("features", -1)):
+        extractor = Extractor(load(f"{path}?range=0-255&output={output}"), tmp_path / "cache", Ranks())
+        torch.testing.assert_close(extractor.features(images), sign * expected(pictures(12, 3, 4, 4)))
+        assert extractor.network.provenance()["output"] == output
 
 
 @pytest.mark.parametrize(

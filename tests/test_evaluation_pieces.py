@@ -59,6 +59,38 @@ def test_what_was_left_of_another_shape_is_not_taken_over(tmp_path: Path) -> Non
     assert len(again.made) == 4
 
 
+def test_what_is_kept_of_another_shape_or_type_is_made_anew(tmp_path: Path) -> None:
+    for kept in (EXPECTED[:-1], EXPECTED.astype(np.float64), EXPECTED[:, :1]):
+        np.save(tmp_path / "x.npy", kept)
+        found = fill(tmp_path / "x.npy", (COUNT, 2), np.float32, Maker(), Ranks())
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, EXPECTED)
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-8])
+    np.testing.assert_array_equal(fill(tmp_path / "x.npy", (COUNT, 2), np.float32, Maker(), Ranks()), EXPECTED)
+
+
+@pytest.mark.parametrize("overtaken_at", [PIECE, 3 * PIECE])
+def test_the_slower_of_two_takes_what_the_quicker_made(tmp_path: Path, overtaken_at: int) -> None:
+    maker, other = Maker(), Maker()
+
+    def overtaken(rows: slice) -> NDArray[np.float32]:
+        if rows.start == overtaken_at:
+            fill(tmp_path / "x.npy", (COUNT, 2), np.float32, other, Ranks())
+        return maker(rows)
+
+    np.testing.assert_array_equal(fill(tmp_path / "x.npy", (COUNT, 2), np.float32, overtaken, Ranks()), EXPECTED)
+    assert other.made[0] == overtaken_at
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_a_file_missing_for_another_reason_is_an_error(tmp_path: Path) -> None:
+    def lost(_: slice) -> NDArray[np.float32]:
+        raise FileNotFoundError("an image")
+
+    with pytest.raises(FileNotFoundError, match="an image"):
+        fill(tmp_path / "x.npy", (COUNT, 2), np.float32, lost, Ranks())
+
+
 def test_a_full_disk_is_an_error_before_the_first_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from maskdm.evaluation import (
     frechet_distance,
     train_self,
 )
+from maskdm.runs.evaluate import summary
 
 Digits = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -151,8 +153,34 @@ def test_a_network_of_other_classes_is_no_judge(extractor: Extractor, digits: Di
     other = (train_labels * 3 + 1) % 10  # as many classes, in another order
     subject = Subject(image_set(rest[359:], "s", labels[359:]), image_set(train, "t", other), None, NAMES)
     found: Any = evaluate_samples(extractor, subject, {}).measures
-    assert not [key for key in found if key.startswith("class_accuracy")]
+    assert [key for key in found if key.startswith("class_accuracy")] == ["class_accuracy_left_out"]
+    assert found["class_accuracy_left_out"] in found["verdicts"]
     assert all("kernel_distance" in row and "class_accuracy" not in row for row in found["classes"])
+
+
+def test_two_classes_have_an_accuracy_too(digits: Digits, tmp_path: Path) -> None:
+    train, train_labels, rest, labels = (part[:300] for part in digits)
+    network = train_self(train, train_labels % 2, rest, labels % 2, seed=0, max_seconds=600.0, steps=60)
+    subject = Subject(image_set(rest, "s", labels % 2), image_set(train, "t", train_labels % 2), None, ("even", "odd"))
+    found: Any = evaluate_samples(Extractor(network, tmp_path, Ranks()), subject, {}).measures
+    assert found["class_accuracy"] > 0.85
+    assert "class_accuracy_left_out" not in found
+
+
+def test_every_image_is_put_in_a_class_once(extractor: Extractor, digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    true = FeatureNetwork.predict
+
+    def counted(network: FeatureNetwork, images: Any, batch: int | None = None) -> Any:
+        seen.append(len(images))
+        return true(network, images, batch)
+
+    monkeypatch.setattr(FeatureNetwork, "predict", counted)
+    fresh = Extractor(extractor.network, extractor.folder / "fresh", Ranks())
+    first = evaluate(fresh, digits, digits[2][359:], digits[3][359:]).measures
+    assert sum(seen) == len(digits[0]) + 359 + 359
+    assert evaluate(fresh, digits, digits[2][359:], digits[3][359:]).measures == first
+    assert sum(seen) == len(digits[0]) + 359 + 359
 
 
 def test_a_class_that_went_wrong_stands_out(extractor: Extractor, digits: Digits) -> None:
@@ -176,9 +204,12 @@ def test_counts_keys_and_provenance_are_ready_for_json(extractor: Extractor, dig
     assert written["class_accuracy_train"] > 0.95
     assert written["frechet_distance_matched"] > written["frechet_distance"]  # fewer images, more bias
     assert written["frechet_distance_halves_count"] == 150
+    assert written["kernel_distance_counts"] == [359, 300]
+    assert written["manifold_counts"] == [100, 300]
     assert written["features"] == extractor.network.provenance()
     assert written["provenance"] == {"steps": 50}
     assert "fid" not in json.dumps(written).lower()
+    assert any("two disjoint parts of the real images, 150 each" in line for line in summary(written))
     assert len(found.neighbours) == len(found.worst) == 16
     for key, value in written.items():
         if f"{key}_interval" in written:

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from maskdm.engine import Ranks
 from maskdm.errors import UserError
-from maskdm.evaluation import FeatureNetwork, load_network
+from maskdm.evaluation import Extractor, FeatureNetwork, ImageSet, load_network
 from maskdm.evaluation.weights import sha256_of
 
 transformers = pytest.importorskip("transformers")
@@ -115,6 +116,20 @@ def test_without_pooling_weights_the_tokens_are_averaged_and_it_is_said(tmp_path
     network = load(f"transformers:{write(classifier, tmp_path / 'classifier')}")
     assert network.name == "classifier (vit, mean of the tokens)"
     close(network.features(images), classifier.vit(pixel_values=prepared(images)).last_hidden_state.mean(dim=1))
+
+
+def test_features_of_another_configuration_are_kept_apart(tmp_path: Path) -> None:
+    folder = write(transformers.Dinov2Model(transformers.Dinov2Config(**TOWER)), tmp_path / "tiny")
+    images = ImageSet(pictures(11).permute(0, 2, 3, 1).contiguous().numpy(), np.arange(11), "some")
+    before = Extractor(load(f"dinov2:{folder}"), tmp_path / "cache", Ranks())
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_act": "relu"}  # the same weights compute something else
+    (folder / "config.json").write_text(json.dumps(config))
+    after = Extractor(load(f"dinov2:{folder}"), tmp_path / "cache", Ranks())
+    assert before.network.hash == after.network.hash
+    assert not torch.allclose(before.features(images), after.features(images))
+    close(after.features(images), after.network.features(pictures(11)))
+    assert after.network.provenance()["reading"] == "pooled output"
+    assert after.network.provenance()["config_hash"] == sha256_of(folder / "config.json")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from report_helpers import heldout, make_run
 from test_report import HOSTILE, Page, _card
 
 from maskdm.errors import UserError
-from maskdm.report import compare_runs
+from maskdm.report import compare_runs, write_report
 from maskdm.report.figures import first_reach, flatten, names
 from maskdm.report.state import gain, read_runs
 
@@ -48,7 +48,7 @@ def test_the_verdict_is_time_to_the_other_runs_loss(tmp_path: Path) -> None:
     said = words(make_run(tmp_path / "slow", SLOW), make_run(tmp_path / "fast", FAST))
     assert "slow and fast" in said and "2 runs of maskdm, on 1 437 images of digits (8 \u00d7 8)." in said
     assert "fast has the lowest final held-out loss: 0.1." in said
-    assert "fast reaches slow's final held-out loss (0.2) in 67 % of slow's time: 20 s against 30 s." in said
+    assert "fast reaches slow's best held-out loss (0.2) in 67 % of slow's time: 20 s against 30 s." in said
     chance = "One run each: a difference between two runs may be chance; repeat them with other seeds to know."
     assert said.index(chance) > said.index("67 %")
 
@@ -71,12 +71,32 @@ def test_first_time_at_a_loss(line: list[tuple[float, float]], level: float, whe
 def test_a_rise_at_the_end_counts_by_when_the_loss_was_first_reached(tmp_path: Path) -> None:
     rises = heldout([(10, 0.8), (20, 0.2), (30, 0.5)])
     said = words(make_run(tmp_path / "rises", rises), make_run(tmp_path / "fast", FAST))
-    assert "of rises's time: 10 s against 15 s" in said
+    assert "reaches rises's best held-out loss (0.2) in 100 % of rises's time: 20 s against 20 s" in said
+
+
+def test_what_the_first_measurement_decides_is_a_bound(tmp_path: Path) -> None:
+    early, late = heldout([(10, 0.1), (20, 0.05)]), heldout([(10, 0.8), (20, 0.1), (30, 0.3)])
+    said = words(make_run(tmp_path / "late", late), make_run(tmp_path / "early", early))
+    assert "early reaches late's best held-out loss (0.1) in at most 50 % of late's time: 10 s against 20 s." in said
+    worn = make_run(tmp_path / "worn", heldout([(10, 0.02), (20, 0.5)]))  # its best is better than all of the winner's
+    assert "early has not reached worn's best held-out loss (0.02)." in words(tmp_path / "early", worn)
+
+
+def test_other_weights_to_begin_with_are_told_of(tmp_path: Path) -> None:
+    tuned, scratch = make_run(tmp_path / "tuned", FAST, config="init: runs/old\n"), make_run(tmp_path / "scratch", SLOW)
+    sentence = "tuned started from other weights (runs/old); the training behind those is not counted."
+    assert sentence in words(scratch, tuned)
+    assert "other weights" not in words(tuned, make_run(tmp_path / "like", SLOW, config="init: runs/old\n"))
+    alone = Page(write_report(tuned).read_text(encoding="utf-8")).words
+    assert "; it started from other weights (runs/old), and the training behind those is not counted." in alone
+    assert "other weights" not in Page(write_report(scratch).read_text(encoding="utf-8")).words
 
 
 def test_images_are_counted_over_all_stages(tmp_path: Path) -> None:
     (run,) = read_runs([make_run(tmp_path / "a", SLOW)])
     assert run.heldout_by_images() == [(1000.0, 0.8), (2000.0, 0.4), (3000.0, 0.2)]
+    (exact,) = read_runs([make_run(tmp_path / "c", [*SLOW[:3], SLOW[3] | {"seen": 2048}, *SLOW[4:]])])  # measured after the last record
+    assert exact.heldout_by_images() == [(1000.0, 0.8), (2048.0, 0.4), (3048.0, 0.2)]
     (blind,) = read_runs([make_run(tmp_path / "b")])  # its records do not count images
     assert blind.heldout() and blind.heldout_by_images() == []
     assert [gain(run, stage) for stage in run.stages] == [(3.0, 0.75), (1.0, 1.0)]  # 900 over 300 images/s, ideal 4
@@ -173,7 +193,7 @@ def test_running_failed_and_nearly_empty_runs(tmp_path: Path) -> None:
     running = make_run(tmp_path / "running", FAST, status="running")
     said = words(bare, failed, running)
     assert "bare, failed and running" in said and "failed: loss is not finite at step 300" in said
-    assert "running reaches failed's final held-out loss (0.2 when it failed)" in said and "loss: 0.1 so far." in said
+    assert "running reaches failed's best held-out loss (0.2 until it failed)" in said and "loss: 0.1 so far." in said
     assert "No held-out loss was measured for bare." in said and "Samples of bare are not measured yet" in said
     two = tmp_path / "two"
     two.mkdir()
@@ -217,6 +237,16 @@ def test_what_is_no_comparison(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a JSON object"):
         compare_runs([run, tmp_path / "c"], out)
     assert not out.exists()
+
+
+def test_curves_of_one_colour_differ_in_their_strokes_not_in_their_contrast(tmp_path: Path) -> None:
+    out = compare_runs([make_run(tmp_path / f"run{index}", SLOW) for index in range(7)], tmp_path / "c.html")
+    page = Page(out.read_text(encoding="utf-8"))
+    strokes = [str(line["style"]) for line in page.all("polyline") if line["class"] == "curve"][:7]
+    assert strokes == ["stroke-dasharray: none"] * 5 + ["stroke-dasharray: 8 5"] * 2
+    keys = [str(span["style"]) for span in page.all("span") if "style" in span][:7]
+    assert ["dashed" in key for key in keys] == [False] * 5 + [True] * 2
+    assert not any("opacity" in str(attributes.get("style")) for _, attributes in page.tags)
 
 
 def test_lists_in_words() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from PIL import Image
 from report_helpers import make_run
 from test_report import Page, _events, _measures, _picture
 
+from maskdm.evaluation.verdicts import OVERFITTING
 from maskdm.report import write_report
 from maskdm.report.charts import histogram, whisker
 from maskdm.report.images import FRAMES, allowance, picture
-from maskdm.report.page import number, scaled
+from maskdm.report.page import NUM_COLORS, number, percent, scaled
 
 LEVELS = [{"t": 62.5, "train": 0.5, "heldout": 0.6, "gap": 0.1, "gap_interval": [0.05, 0.15]}]
 DENOISING = {"num_images": [1000, 359], "train": 0.2, "heldout": 0.25, "gap": 0.05, "gap_interval": [0.04, 0.06], "levels": LEVELS}
@@ -73,6 +75,7 @@ def test_the_worst_class_comes_first_with_its_interval_drawn(tmp_path: Path) -> 
 def test_overfitting_is_shown_level_by_level(tmp_path: Path) -> None:
     said = words(make_run(tmp_path / "a", measures=_measures() | {"denoising": DENOISING}))
     assert "All levels0.20.250.050.04 to 0.06" in said and "t = 62.50.50.60.10.05 to 0.15" in said
+    assert f"above {OVERFITTING:.0%}".replace("%", " %") in said  # the limit of the verdict above
     assert "level by level" not in words(make_run(tmp_path / "b"))
 
 
@@ -119,6 +122,22 @@ def test_overfitting_seen_on_the_way_names_the_training_images(tmp_path: Path) -
     events = [{"event": "heldout", "step": i, "seconds": i, "loss": new, "train_loss": old} for i, (new, old) in enumerate(losses)]
     said = words(make_run(tmp_path / "a", events))
     assert "Overfitting: the held-out loss rose from 0.2 at its best to 0.4, while that of training images fell on to 0.05." in said
+
+
+def test_a_loss_that_rises_on_training_images_too_is_no_overfitting(tmp_path: Path) -> None:
+    losses = [(0.4, 0.39), (0.2, 0.19), (0.3, 0.29), (0.4, 0.39)]
+    events = [{"event": "heldout", "step": i, "seconds": i, "loss": new, "train_loss": old} for i, (new, old) in enumerate(losses)]
+    said = words(make_run(tmp_path / "a", events))
+    assert "rose from 0.2 at its best to 0.4, that of training images went from 0.19 to 0.39." in said
+    assert "That is no overfitting; try a lower lr." in said
+    assert "Overfitting" not in said
+
+
+def test_all_broken_files_are_counted_where_not_all_are_listed(tmp_path: Path) -> None:
+    data = {"name": "digits", "broken": [[f"{i}.png", "cut off"] for i in range(200)]}
+    said = words(make_run(tmp_path / "a", data=data | {"num_broken": 1234}))
+    assert "Files left out (1 234)" in said and "and 1 134 more" in said
+    assert "Files left out (200)" in words(make_run(tmp_path / "b", data=data))
 
 
 def test_averages_are_drawn_against_the_one_that_training_kept(tmp_path: Path) -> None:
@@ -180,8 +199,33 @@ def test_whiskers_and_histograms_stay_inside_their_frames() -> None:
     assert histogram("red", [1.0], []) == ""
 
 
+def _contrast(first: str, second: str) -> float:
+    """WCAG's contrast of two colours #rrggbb."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    darker, lighter = sorted((luminance(first), luminance(second)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_what_is_drawn_stands_out_from_the_card_in_both_themes(tmp_path: Path) -> None:
+    source = write_report(make_run(tmp_path / "a")).read_text(encoding="utf-8")
+    (stroke,) = re.findall(r"\.filled {[^}]*stroke: var\(--(\w+)\)", source)
+    themes = [dict(re.findall(r"--(\w+): (#\w{6})", theme)) for theme in re.findall(r":root {(.*?)}", source, re.DOTALL)]
+    assert len(themes) == 2
+    for theme in themes:
+        assert all(_contrast(theme[name], theme["card"]) >= 3 for name in (stroke, *(f"c{index}" for index in range(NUM_COLORS))))
+    levels = next(part for part in source.split("<h3>") if part.startswith("Held-out loss by noise level"))
+    assert re.findall('stroke-dasharray: ([^"]*)', levels) == ["2 4", "8 5", "none", "none"]  # the first, one between, the last; training
+
+
 def test_numbers_that_are_tiny_or_huge() -> None:
     assert number(1.2e-05) == "1.2\u202f\u00d7\u202f10\u207b\u2075" and number(-0.00012) == "-0.00012"
+    said = [number(999.7), number(-999.7), number(0.9996), scaled(999.7e9, "FLOP"), scaled(12345.0, "FLOP"), percent(-0.0001)]
+    assert [each.replace("\u202f", " ") for each in said] == ["1 000", "-1 000", "1", "1 TFLOP", "12 300 FLOP", "0 %"]
     assert scaled(1.25e12, "FLOP").replace("\u202f", " ") == "1.25 TFLOP" and scaled(None, "FLOP") == "&ndash;"
 
 
@@ -213,3 +257,43 @@ def test_figures_beyond_reason_are_left_out(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a", events, measures=_measures() | {"kernel_distance": 1e300}, flops=1e300))
     assert "10\u00b3\u2070\u2070" not in page.words and "Arithmetic" not in page.words
     assert any(str(svg.get("aria-label")).startswith("Loss on whole images") for svg in page.all("svg"))
+
+
+def _going_on(status: str) -> dict[str, Any]:
+    """run.json of a run whose last checkpoint was at its first stage's end, and that has logged ten steps of the second since."""
+    stage = {"hidden": 0.5, "steps": 20, "images": 200, "seconds": 2.0, "done": True, "flops": 2e12, "flops_per_image": 1e10}
+    second = {"name": "whole", "hidden": 0.0, "steps": 0, "images": 0, "seconds": 0.0, "done": False, "flops": 0.0, "flops_per_image": 4e10}
+    return {"status": status, "flops": 2e12, "stages": [{"name": "masked", **stage}, second]}
+
+
+def test_a_stage_is_told_as_of_its_last_record_not_its_last_checkpoint(tmp_path: Path) -> None:
+    at = {"event": "train", "loss": 1.0}
+    events = [at | {"step": 20, "stage": "masked", "stage_step": 20, "images": 200, "seconds": 2.0}]
+    events += [at | {"step": 30, "stage": "whole", "stage_step": 10, "images": 100, "seconds": 6.0}]
+    said = words(make_run(tmp_path / "a", events, **_going_on("running")))
+    assert "(6.0 s so far)" in said and "Images seen300" in said and "Arithmetic6 TFLOP1 TFLOP/s" in said
+    assert "10 steps, under way" in said and "4.0 s4 TFLOP25" in said  # 100 images in 4 s: 25 images/s
+
+
+@pytest.mark.parametrize("status", ["failed", "stopped"])
+def test_no_stage_of_a_run_that_ended_is_under_way(tmp_path: Path, status: str) -> None:
+    record = {"event": "train", "step": 30, "stage": "whole", "stage_step": 10, "images": 100, "seconds": 6.0, "loss": 1.0}
+    said = words(make_run(tmp_path / "a", [record], **_going_on(status)))
+    assert "10 steps, cut short" in said and "under way" not in said
+
+
+def test_a_frechet_distance_stands_beside_held_out_images_only_at_equal_counts(tmp_path: Path) -> None:
+    measures = _measures() | {"headline": "frechet_distance", "frechet_distance_halves": 0.9, "frechet_distance_halves_count": 250}
+    said = words(make_run(tmp_path / "a", measures=measures | {"num_heldout": 360}))
+    assert "0.8 to 1.2; at equal counts 0.7, new real images 0.5" in said
+    assert "Frechet distance10.8 to 1.2\u2013The same" in said and "... at equal counts0.70.5Of as many" in said
+    assert "... of two real parts0.9\u2013Two disjoint parts of the real images, 250 each." in said
+    said = words(make_run(tmp_path / "b", measures=measures | {"num_heldout": 500}))
+    assert "0.8 to 1.2; new real images: 0.5" in said and "Frechet distance10.8 to 1.20.5The same" in said
+
+
+def test_samples_measured_before_the_run_went_on_are_said_to_be_so(tmp_path: Path) -> None:
+    stale = "Measured after 12 s of training; the run has gone on since."
+    said = words(make_run(tmp_path / "a", measures=_measures() | {"train_seconds": 12.0}))  # of 40
+    assert in_order(said, f"In short{stale}It copies", f"How good is it?{stale}")
+    assert "has gone on since" not in words(make_run(tmp_path / "b", measures=_measures() | {"train_seconds": 39.9}))

@@ -20,6 +20,7 @@ import torch
 from maskdm.config import DiTConfig, Optimizer, TrackerName
 from maskdm.engine import make_optimizer
 from maskdm.errors import UserError
+from maskdm.evaluation import denoising_loss
 from maskdm.models import build
 from maskdm.recipes import recipe
 from maskdm.runs import Display, Diverged, TrainRequest, train
@@ -260,6 +261,23 @@ def test_one_that_fails_is_named_once_and_dropped(tmp_path: Path) -> None:
     assert not trackers
 
 
+def test_histograms_that_cannot_be_computed_are_given_up_and_the_trackers_kept(tmp_path: Path) -> None:
+    trackers, failures = open_all(tmp_path, "tensorboard")
+
+    def fail() -> dict[str, Histogram]:
+        raise TypeError("no float64 here")
+
+    for step in range(2):
+        trackers.histograms(fail, step)
+        trackers.scalars({"loss": 1.0}, step)
+    trackers.histograms(lambda: {"weights/a": SHAPE}, 2)
+    trackers.close()
+    assert failures == [("histograms", "TypeError: no float64 here")]
+    assert [e.step for e in events(tmp_path).Scalars("loss")] == [0, 1] and events(tmp_path).Tags()["histograms"] == []
+    trackers.histograms(fail, 3)  # nobody is left: nothing is computed
+    assert len(failures) == 1
+
+
 TINY = (
     ("model.width", "16"), ("depth", "1"), ("heads", "2"), ("threads", "1"), ("precision", "fp32"), ("pretrain.batch", "8"),
     ("pretrain.budget.steps", "3"), ("finetune.budget.steps", "2"), ("finetune.batch", "8"), ("log", "1"), ("evaluate", "2"),
@@ -274,7 +292,7 @@ def tracked_run(out: Path, tracking: str, monkeypatch: pytest.MonkeyPatch, cache
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_run_outlives_its_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_outlives_its_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import wandb  # pyright: ignore
 
     def fail(*_: Any, **__: Any) -> None:
@@ -289,6 +307,10 @@ def test_a_run_outlives_its_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [(line["name"], line["step"], line["state"]) for line in failed] == [("trackio", 0, "dropped"), ("wandb", 0, "dropped")]
     assert all("No space left" in line["error"] for line in failed)
     assert RunDirectory(tmp_path / "run").info()["status"] == "finished"
+    told = "OSError: [Errno 28] No space left on device"
+    assert f"tracking: wandb failed ({told}) and is left out from here on" in capsys.readouterr().err
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"<b>Tracking:</b> wandb failed at step 0 and was left out from there on ({told})." in page
 
 
 def test_a_run_tells_figures_pictures_and_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,6 +355,28 @@ def test_a_histogram_counts_every_finite_value() -> None:
     alike = histogram(torch.full((7,), 0.25))
     assert alike is not None and alike.counts.sum() == 7 and alike.edges[0] < 0.25 < alike.edges[-1]
     assert histogram(torch.tensor([float("nan")])) is None
+
+
+class OnMetal(torch.Tensor):
+    """A tensor of a device without float64, as Apple's GPUs are."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.double:
+            raise TypeError("the MPS framework doesn't support float64")
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return found.as_subclass(torch.Tensor) if func is torch.Tensor.cpu else found
+
+
+def test_nothing_is_widened_on_a_device_without_float64() -> None:
+    found = histogram(torch.arange(5.0).as_subclass(OnMetal))
+    assert found is not None and (found.total, found.squares) == (10.0, 30.0)
+    config = recipe("digits", "x")
+    model = build(DiTConfig(width=16, depth=1, heads=2, patch=4), config.data, 0)
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    loss = denoising_loss(model, config.diffusion, images, None)
+    assert denoising_loss(model, config.diffusion, images.as_subclass(OnMetal), None).loss == loss.loss
+    assert loss.errors.dtype == torch.float64
 
 
 def test_updates_are_what_the_optimizer_did() -> None:

@@ -201,13 +201,14 @@ def require(names: Sequence[TrackerName]) -> None:
 
 
 class Trackers:
-    """The trackers of a run, told together. `failed` is called with the name and the error of one that fails."""
+    """The trackers of a run, told together. `failed` is called with the name and the error of one that fails, or "histograms"."""
 
     def __init__(
         self, names: Sequence[TrackerName], folder: Path, step: int, config: dict[str, Any], failed: Callable[[str, str], None]
     ) -> None:
         self._failed = failed
         self._open: dict[str, Tracker] = {}
+        self._no_histograms = False
         identity = _identity(folder) if set(names) - {"tensorboard"} else ""
         for name in names:
             try:
@@ -230,6 +231,19 @@ class Trackers:
     def histogram(self, name: str, value: Histogram, step: int) -> None:
         """A distribution."""
         self._tell(lambda each: each.histogram(name, value, step))
+
+    def histograms(self, compute: Callable[[], Mapping[str, Histogram]], step: int) -> None:
+        """Distributions by name, computed only if a tracker is left; given up, as a tracker is, once that fails."""
+        if not self._open or self._no_histograms:
+            return
+        try:
+            found = compute()
+        except Exception as error:  # memory, or what a device cannot do
+            self._no_histograms = True
+            self._failed("histograms", _in_short(error))
+            return
+        for name, value in found.items():
+            self.histogram(name, value, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Plain text."""
@@ -286,8 +300,9 @@ def histogram(values: Tensor) -> Histogram | None:
     low, high = float(values.min()), float(values.max())
     if low == high:
         low, high = low - 0.5, high + 0.5
-    counts = torch.histc(values, BINS, low, high).double().cpu().numpy()
-    return Histogram(counts, np.linspace(low, high, BINS + 1), float(values.double().sum()), float(values.double().square().sum()))
+    counts = torch.histc(values, BINS, low, high).cpu().double().numpy()
+    values = values.cpu().double()  # in this order: Apple's GPUs have no float64
+    return Histogram(counts, np.linspace(low, high, BINS + 1), float(values.sum()), float(values.square().sum()))
 
 
 @torch.no_grad()

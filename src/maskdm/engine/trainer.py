@@ -31,13 +31,17 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass
 class StageProgress:
-    """What a stage has done: optimizer steps, training images, seconds inside steps; whether it was ended before its budget;
-    and the pieces its batches are computed in, more than it asks for where memory ran out (0: it has not begun)."""
+    """What a stage has done: optimizer steps, training images, seconds inside steps; and whether it was ended before its budget.
+
+    `terms`: the budget and patience under which it was ended; under others it goes on. `pieces`: what its batches are
+    computed in, more than it asks for where memory ran out; 0: it has not begun.
+    """
 
     steps: int = 0
     images: int = 0
     seconds: float = 0.0
     ended: bool = False
+    terms: dict[str, Any] | None = None
     pieces: int = 0
 
     def share(self, budget: Budget) -> float:
@@ -136,6 +140,7 @@ class Trainer:
         progress["stages"] = [StageProgress(**stage) for stage in progress["stages"]]
         progress["stages"] += [StageProgress() for _ in self.config.stages[len(progress["stages"]) :]]
         self.progress = Progress(**progress)
+        self._reopen()
         if numbers.get("powers", {}).get("sigma_rel") == list(self.powers.sigma_rel):
             self.powers.restore(tensors.get("powers", {}), numbers["powers"])
         else:  # saved by a version without them, or under another setting: they begin here
@@ -158,7 +163,21 @@ class Trainer:
 
     def end_stage(self) -> None:
         """End the stage at the step just yielded, whatever is left of its budget."""
-        self.progress.stages[self.progress.stage].ended = True
+        done = self.progress.stages[self.progress.stage]
+        done.ended, done.terms = True, self._terms(self.config.stages[self.progress.stage])
+
+    def _terms(self, stage: Stage) -> dict[str, Any]:
+        return {"budget": asdict(stage.budget), "patience": self.config.evaluation.patience}
+
+    def _reopen(self) -> None:
+        """Let a stage go on that was ended under another budget or patience, unless the next has begun.
+
+        An older version did not keep them: a stage that it ended stays so.
+        """
+        here = self.progress.stage
+        for stage, done in zip(self.config.stages[here:], self.progress.stages[here:], strict=True):
+            if done.terms is not None and done.terms != self._terms(stage):
+                done.ended, done.terms = False, None
 
     def _enter(self, stage: Stage) -> None:
         """Start a stage: weights raw or averaged from what came before, a new average and a fresh optimizer."""

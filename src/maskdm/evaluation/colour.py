@@ -14,7 +14,10 @@ from maskdm.evaluation.images import ImageSet
 from maskdm.evaluation.intervals import Estimate
 
 NOTICEABLE = 0.02
-"""A drift is called one when all of its interval lies beyond this share of the whole range (5 of 255 steps), or of the real contrast."""
+"""A drift is called one when all of its interval lies beyond this share of the whole range (5 of 255 steps)."""
+
+NOTICEABLE_SPREAD, NOTICEABLE_PART = 0.01, 0.05
+"""Of contrast and saturation: beyond this share of the whole range, and beyond this share of the real images' own."""
 
 SHOWN_BINS = 32
 _NAMES = {1: ("gray",), 3: ("red", "green", "blue")}
@@ -90,7 +93,9 @@ def _compare(name: str, samples: Tensor, real: Tensor) -> dict[str, object]:
     difference = float(samples.mean() - real.mean())
     error = math.sqrt(float(samples.var() / len(samples) + real.var() / len(real)))
     found = Estimate.around(difference, error)
-    limit = NOTICEABLE if name not in ("contrast", "saturation") else max(NOTICEABLE / 2, NOTICEABLE * 2.5 * float(real.mean()))
+    limit = NOTICEABLE
+    if name in ("contrast", "saturation"):
+        limit = max(NOTICEABLE_SPREAD, NOTICEABLE_PART * float(real.mean()))
     return {
         "name": name,
         "samples": float(samples.mean()),

@@ -61,7 +61,7 @@ def denoising_loss(
             output = model(x_t, t, None if labels is None else labels[start : start + batch]).sample.float()
             predicted = convert(diffusion.schedule, diffusion.target, output, x_t, t).eps
             columns.append((predicted - eps).square().mean(dim=(1, 2, 3)))
-        parts.append(torch.stack(columns, dim=1).double().cpu())
+        parts.append(torch.stack(columns, dim=1).cpu().double())  # in this order: Apple's GPUs have no float64
     return DenoisingLoss(torch.cat(parts))
 
 

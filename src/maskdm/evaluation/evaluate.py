@@ -13,7 +13,6 @@ from torch import Tensor
 from maskdm.errors import UserError
 from maskdm.evaluation.colour import colour_drift
 from maskdm.evaluation.copies import THRESHOLD, Matches, Searcher
-from maskdm.evaluation.features import FeatureNetwork
 from maskdm.evaluation.frechet import Statistics, frechet_distance, frechet_halves, frechet_infinity, frechet_standard_error
 from maskdm.evaluation.images import Extractor, ImageSet
 from maskdm.evaluation.intervals import Estimate, bootstrap_median_ratio, share
@@ -28,7 +27,8 @@ FEW = 5000
 """Below as many samples the kernel distance is the one to look at: the bias of the Frechet distance would be most of it."""
 
 MOST_MATCHED, MOST_MANIFOLD = 2000, 10_000
-"""Samples searched for copies; images on each side of precision and recall: beyond, the intervals are narrow enough."""
+"""Samples searched for copies; images on each side of precision and recall, and of the Frechet distance's standard error: beyond, the
+intervals are narrow enough."""
 
 LEAST_OF_CLASS, MOST_CLASSES = 20, 200
 SHOWN = 16
@@ -72,10 +72,11 @@ def evaluate_samples(
 ) -> Evaluation:
     """Measure samples against real images, all of one size. The keys and their meaning: docs/evaluation.md.
 
-    `x_interval` is the 95 % interval of `x`. Keys ending in `_heldout` hold the same measure of held-out real images: the value to
-    reach; absent without such images. The reference is the training images, or `max_reference` of them, drawn by a fixed seed.
-    Precision, recall, density, coverage and `frechet_distance_matched` are of as many samples as held-out images are measured
-    (`num_heldout`), since they depend on counts. `denoising`, from `overfitting`, takes part in the verdicts. UserError below 10 images.
+    `x_interval` is the 95 % interval of `x`; `x_counts`, how many samples and real images it is of. Keys ending in `_heldout` hold the
+    same measure of held-out real images: the value to reach; absent without such images. The reference is the training images, or
+    `max_reference` of them, drawn by a fixed seed. Precision, recall, density, coverage and `frechet_distance_matched` are of as many
+    samples as held-out images are measured (`num_heldout`), since they depend on counts. `denoising`, from `overfitting`, takes part in
+    the verdicts. UserError below 10 images.
     """
     for name, images in (("samples", subject.samples), (subject.called, subject.training), ("held-out images", subject.heldout)):
         if images is not None and len(images) < LEAST:
@@ -96,15 +97,15 @@ def evaluate_samples(
     measures |= _frechet(fake, real, new) | _kernel(fake, real, new) | _manifold(fake, real, new)
     if extractor.network.is_fid:
         measures["fid"] = measures["frechet_distance"]
-    measures |= _accuracies(extractor.network, subject, reference, heldout)
+    measures |= _accuracies(extractor, subject, reference, heldout)
     knows = "class_accuracy" in measures
-    measures["classes"] = _classes(extractor.network if knows else None, subject, reference, fake, real)
+    measures["classes"] = _classes(extractor if knows else None, subject, reference, fake, real)
     found, measures["copies"] = _copies(extractor, subject, heldout, places, fake, real)
     measures["colour"] = colour_drift(subject.samples, reference)
     if denoising is not None:
         measures["denoising"] = dict(denoising)
-    measures["verdicts"] = verdicts(measures, subject.called)
     measures |= {"features": extractor.network.provenance(), "provenance": dict(provenance)}
+    measures["verdicts"] = verdicts(measures, subject.called)
     shown = [Pair(i, int(found.feature_places[i])) for i in range(min(SHOWN, len(found.feature_places)))]
     order = np.argsort(found.ratios, kind="stable")[:SHOWN].tolist()
     searched = subject.samples.places(MOST_MATCHED)
@@ -146,13 +147,14 @@ def _frechet(fake: Tensor, real: Tensor, heldout: Tensor | None) -> dict[str, ob
 def _kernel(fake: Tensor, real: Tensor, heldout: Tensor | None) -> dict[str, object]:
     distance = kernel_distance(fake, real)
     found = _put("kernel_distance", distance.estimate) | {"kernel_distance_standard_error": distance.standard_error}
+    found["kernel_distance_counts"] = list(distance.counts)
     return found if heldout is None else found | _put("kernel_distance_heldout", kernel_distance(heldout, real).estimate)
 
 
 def _manifold(fake: Tensor, real: Tensor, heldout: Tensor | None) -> dict[str, object]:
     some = _subset(real, MOST_MANIFOLD)
-    most = MOST_MANIFOLD if heldout is None else min(MOST_MANIFOLD, len(heldout))
-    found: dict[str, object] = {}
+    most = min(MOST_MANIFOLD, len(fake) if heldout is None else len(heldout))
+    found: dict[str, object] = {"manifold_counts": [most, len(some)]}
     for name, estimate in manifold(some, _subset(fake, most))._asdict().items():
         found |= _put(name, estimate)
     if heldout is not None:
@@ -161,35 +163,41 @@ def _manifold(fake: Tensor, real: Tensor, heldout: Tensor | None) -> dict[str, o
     return found
 
 
-def _accuracies(network: FeatureNetwork, subject: Subject, reference: ImageSet, heldout: ImageSet | None) -> dict[str, object]:
+def _accuracies(extractor: Extractor, subject: Subject, reference: ImageSet, heldout: ImageSet | None) -> dict[str, object]:
     """Share of the images in whose class the network puts them, where it knows these classes: a network that is hardly better than
-    chance on the real images knows others, if as many."""
+    chance on the real images (less than twice, or than half-way from chance to perfection) knows others, if as many."""
     num = len(subject.class_names)
-    known = _recognised(network, reference, num)
-    if known is None or share(int(known.sum()), len(known)).low < 2 / num:
+    known = _recognised(extractor, reference, num)
+    if known is None:
         return {}
-    found = _put("class_accuracy_train", share(int(known.sum()), len(known)))
+    real = share(int(known.sum()), len(known))
+    if real.low < min(2 / num, (1 + 1 / num) / 2):
+        why = (
+            f"the feature network puts only {100 * real.value:.1f} % of the real images in their class ({100 / num:.3g} % would be chance)"
+        )
+        return {"class_accuracy_left_out": f"Class accuracy is left out: {why}."}
+    found = _put("class_accuracy_train", real)
     for suffix, images in (("", subject.samples), ("_heldout", heldout)):
-        right = None if images is None else _recognised(network, images, num)
+        right = None if images is None else _recognised(extractor, images, num)
         if right is not None:
             found |= _put(f"class_accuracy{suffix}", share(int(right.sum()), len(right)))
     return found
 
 
-def _recognised(network: FeatureNetwork, images: ImageSet, num_classes: int) -> NDArray[np.bool_] | None:
+def _recognised(extractor: Extractor, images: ImageSet, num_classes: int) -> NDArray[np.bool_] | None:
     """Of each image [n] whether the network puts it in its class; None where it has no classes or knows others."""
-    if images.labels is None or num_classes < 2 or network.num_classes != num_classes:
+    if images.labels is None or num_classes < 2 or extractor.network.num_classes != num_classes:
         return None
-    predicted = [network.predict(piece) for piece in images.pieces()]
-    return np.concatenate([each.numpy() for each in predicted if each is not None]) == images.labels
+    predicted = extractor.classes(images)
+    return None if predicted is None else predicted == images.labels
 
 
-def _classes(network: FeatureNetwork | None, subject: Subject, reference: ImageSet, fake: Tensor, real: Tensor) -> list[dict[str, object]]:
-    """The kernel distance and the accuracy of each class that has images enough."""
+def _classes(extractor: Extractor | None, subject: Subject, reference: ImageSet, fake: Tensor, real: Tensor) -> list[dict[str, object]]:
+    """The kernel distance, and with an extractor the accuracy, of each class that has images enough."""
     asked, known = subject.samples.labels, reference.labels
     if asked is None or known is None:
         return []
-    right = None if network is None else _recognised(network, subject.samples, len(subject.class_names))
+    right = None if extractor is None else _recognised(extractor, subject.samples, len(subject.class_names))
     rows: list[dict[str, object]] = []
     for number, name in enumerate(subject.class_names[:MOST_CLASSES]):
         ours, theirs = np.flatnonzero(asked == number), np.flatnonzero(known == number)

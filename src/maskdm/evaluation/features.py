@@ -25,7 +25,7 @@ Labels: TypeAlias = Integer[Tensor, " _"] | Integer[np.ndarray, " _"]
 
 @dataclass(frozen=True)
 class FeatureNetwork(ABC):
-    """Images to vectors. Distances compare only where `hash` and `preprocessing` are the same.
+    """Images to vectors. Distances compare only where `hash`, `preprocessing` and `further` are the same.
 
     `hash`: SHA-256 of the weights or of their file. `num_classes`: how many classes `predict` tells apart, 0 for none.
     `preprocessing`: in words, what is done to the images before the network sees them. `batch`: images in memory at a time.
@@ -42,6 +42,11 @@ class FeatureNetwork(ABC):
     def is_fid(self) -> bool:
         """Whether a Frechet distance in these features may be called FID: the published Inception network alone."""
         return False
+
+    @property
+    def further(self) -> dict[str, str]:
+        """What else the features depend on, where a user may choose it: which output is read, how the network is built."""
+        return {}
 
     @abstractmethod
     def embed(self, images: UInt8[Tensor, "n _ _ _"]) -> Float[Tensor, "n _"]:
@@ -72,8 +77,9 @@ class FeatureNetwork(ABC):
         return torch.cat(classes) if classes else torch.empty(0, dtype=torch.int64)
 
     def provenance(self) -> dict[str, str | int | float | bool | None]:
-        """Name, hash, dimensions and preprocessing, flat and ready for JSON."""
-        return {"name": self.name, "hash": self.hash, "dimensions": self.dimensions, "preprocessing": self.preprocessing}
+        """Name, hash, dimensions, preprocessing and what else the features depend on, flat and ready for JSON."""
+        known = {"name": self.name, "hash": self.hash, "dimensions": self.dimensions, "preprocessing": self.preprocessing}
+        return {**known, **self.further}
 
 
 def take(images: Images, rows: slice | NDArray[np.int64]) -> UInt8[Tensor, "_ _ _ _"]:

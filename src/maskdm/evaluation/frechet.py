@@ -141,9 +141,10 @@ def frechet_infinity(a: Tensor, b: Tensor, standard_error: float, seed: int = 0)
 
 
 def frechet_halves(features: Tensor, most: int, seed: int = 0) -> tuple[float, int] | None:
-    """The distance between two disjoint random halves of one set, of at most `most` vectors each, and that count.
+    """The distance between two disjoint random parts of one set, of at most `most` vectors each, and that count.
 
-    What a perfect generator would get at this count. None below 4 vectors.
+    All of it is bias, as large from the one side as from the other. So many perfect samples would be less far from the whole set,
+    which is larger and adds less. None below 4 vectors.
     """
     count = min(most, len(features) // 2)
     if count < 2:

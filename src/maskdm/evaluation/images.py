@@ -71,7 +71,8 @@ class Extractor:
     def __init__(self, network: FeatureNetwork, folder: Path, ranks: Ranks, progress: Progress | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.network, self.folder, self.ranks, self.progress = network, folder, ranks, progress
-        self._key = hashlib.sha256(f"{network.hash} {network.preprocessing}".encode()).hexdigest()[:16]
+        about = [network.hash, network.preprocessing, *network.further.values()]
+        self._key = hashlib.sha256(" ".join(about).encode()).hexdigest()[:16]
 
     def features(self, images: ImageSet, mirrored: bool = False) -> Float[Tensor, "_ _"]:
         """Features [n, dimensions], float32, mapped from the file; those of the images mirrored left to right, if asked."""
@@ -83,3 +84,15 @@ class Extractor:
 
         shape = (len(images), self.network.dimensions)
         return torch.from_numpy(fill(path, shape, np.float32, make, self.ranks, self.progress))
+
+    def classes(self, images: ImageSet) -> NDArray[np.int64] | None:
+        """The class [n] that the network puts each image in, mapped from the file; None where it knows no classes."""
+
+        def make(rows: slice) -> NDArray[np.int64]:
+            predicted = self.network.predict(images.take(rows))
+            assert predicted is not None
+            return predicted.numpy()
+
+        if not self.network.num_classes:
+            return None
+        return fill(self.folder / f"{self._key}-{images.key}-classes.npy", (len(images),), np.int64, make, self.ranks, self.progress)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 Z = 1.959964
 """The normal distribution's 97.5 % point: all intervals are of 95 %."""
@@ -24,9 +25,15 @@ class Estimate(NamedTuple):
     high: float
 
     @staticmethod
-    def around(value: float, standard_error: float) -> Estimate:
-        """The interval of a value that is about normally distributed."""
-        return Estimate(value, value - Z * standard_error, value + Z * standard_error)
+    def around(value: float, standard_error: float, degrees: int | None = None) -> Estimate:
+        """The interval of a value that is about normally distributed; Student's where the error is known to so many degrees of freedom."""
+        half = half_width(standard_error, degrees)
+        return Estimate(value, value - half, value + half)
+
+
+def half_width(standard_error: float, degrees: int | None = None) -> float:
+    """Half the 95 % interval of a value with this standard error, itself known to some degrees of freedom (None: exactly)."""
+    return standard_error * (Z if degrees is None else float(stdtrit(degrees, 0.975)))
 
 
 def share(count: int, total: int) -> Estimate:
@@ -38,7 +45,10 @@ def share(count: int, total: int) -> Estimate:
 
 
 def difference_of_shares(first: Estimate, second: Estimate) -> Estimate:
-    """first - second of two independent shares, with Newcombe's interval (1998, method 10)."""
+    """first - second of two independent shares, with Newcombe's interval (1998, method 10): the root of the squared half-widths.
+
+    Of Wilson's intervals it is his; of wider ones, that hold further variance, it holds theirs too.
+    """
     value = first.value - second.value
     low = math.hypot(first.value - first.low, second.high - second.value)
     high = math.hypot(first.high - first.value, second.value - second.low)

@@ -11,23 +11,31 @@ from torch import Tensor
 from maskdm.errors import UserError
 from maskdm.evaluation.intervals import Estimate
 
+MOST = 5000
+"""Vectors of each side that are compared, all with all."""
+
 GROUPS = 20
-"""Groups of the jackknife: its standard error is itself known to about 1 / sqrt(2 * GROUPS), 16 %."""
+"""Most groups of the jackknife: its standard error is itself known to about 1 / sqrt(2 * GROUPS), 16 %."""
 
 
 class KernelDistance(NamedTuple):
-    """Squared maximum mean discrepancy and its standard error; the value is unbiased, so it may be below zero."""
+    """Squared maximum mean discrepancy and its standard error; the value is unbiased, so it may be below zero.
+
+    `groups`: of the jackknife. `counts`: vectors of each side that were compared.
+    """
 
     value: float
     standard_error: float
+    groups: int
+    counts: tuple[int, int]
 
     @property
     def estimate(self) -> Estimate:
-        """With its 95 % interval."""
-        return Estimate.around(self.value, self.standard_error)
+        """With its 95 % interval, Student's of groups - 1 degrees of freedom: wide where images are too few for many groups."""
+        return Estimate.around(self.value, self.standard_error, self.groups - 1)
 
 
-def kernel_distance(a: Tensor, b: Tensor, limit: int = 5000, seed: int = 0) -> KernelDistance:
+def kernel_distance(a: Tensor, b: Tensor, limit: int = MOST, seed: int = 0) -> KernelDistance:
     """Unbiased MMD^2 of features [N, D] and [M, D] under the kernel (x.y / D + 1)^3, as KID (arXiv 1801.01401).
 
     All pairs count, of at most `limit` vectors of each side, drawn by `seed`. The standard error is a delete-one-group
@@ -47,7 +55,8 @@ def kernel_distance(a: Tensor, b: Tensor, limit: int = 5000, seed: int = 0) -> K
         keep[group] = False
         without.append(_discrepancy(aa, bb, ab, sizes_a, sizes_b, keep))
         keep[group] = True
-    return KernelDistance(value, float(np.sqrt((groups - 1) * np.var(without))))
+    error = float(np.sqrt((groups - 1) * np.var(without)))
+    return KernelDistance(value, error, groups, (int(sizes_a.sum()), int(sizes_b.sum())))
 
 
 def _groups(features: Tensor, groups: int, limit: int, random: np.random.Generator) -> list[Tensor]:

@@ -69,6 +69,11 @@ class OnnxNetwork(FeatureNetwork):
     preparation: Preparation
     output: str
 
+    @property
+    def further(self) -> dict[str, str]:
+        """The name of the output."""
+        return {"output": self.output}
+
     def embed(self, images: UInt8[Tensor, "n _ _ _"]) -> Float[Tensor, "n _"]:
         """The output, flat."""
         return torch.from_numpy(self.model.run(self.output, self.preparation(images))[0].astype(np.float32)).flatten(1)

@@ -31,26 +31,19 @@ def fill(
     """The array in `path`, mapped (writing to it leaves the file alone); rows that are not there yet come from `make(rows)`.
 
     Pieces done are marked, so that another call goes on where a killed one stopped. With several ranks each makes its share; the
-    folder must be one that all of them see. The name must stand for the content.
+    folder must be one that all of them see. The name must stand for the content; a file of another shape or type is made anew.
     """
     partial, done = path.with_suffix(".partial"), path.with_suffix(".done")
-    if ranks.first and not path.is_file():
+    if ranks.first and not _holds(path, shape, dtype):
+        path.unlink(missing_ok=True)
         _reserve(partial, done, shape, dtype)
     ranks.wait()
     if not path.is_file():
-        array = np.load(partial, mmap_mode="r+")
-        starts = range(0, shape[0], PIECE)
-        for number, start in enumerate(starts):
-            marker = done / str(start)
-            if number % ranks.world != ranks.rank or marker.is_file():
-                continue
-            rows = slice(start, min(start + PIECE, shape[0]))
-            array[rows] = make(rows)
-            array.flush()
-            marker.touch()
-            if progress is not None:
-                progress(rows.stop, shape[0])
-        del array
+        try:
+            _make_share(partial, done, make, ranks, progress)
+        except FileNotFoundError:
+            if not path.is_file():  # else another command, doing the same, was quicker, and what it made is as good
+                raise
     ranks.wait()
     if ranks.first and not path.is_file():
         with contextlib.suppress(FileNotFoundError):  # another command, doing the same, was quicker
@@ -60,13 +53,34 @@ def fill(
     return np.load(path, mmap_mode="c")
 
 
+def _make_share(partial: Path, done: Path, make: Callable[[slice], NDArray[Any]], ranks: Ranks, progress: Progress | None) -> None:
+    """Fill this rank's pieces of what is not there yet."""
+    array = np.load(partial, mmap_mode="r+")
+    for number, start in enumerate(range(0, len(array), PIECE)):
+        marker = done / str(start)
+        if number % ranks.world != ranks.rank or marker.is_file():
+            continue
+        rows = slice(start, min(start + PIECE, len(array)))
+        array[rows] = make(rows)
+        array.flush()
+        marker.touch()
+        if progress is not None:
+            progress(rows.stop, len(array))
+
+
+def _holds(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> bool:
+    """Whether the file is there, whole, and an array of this shape and type."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (ValueError, OSError):
+        return False
+    return found.shape == shape and found.dtype == dtype
+
+
 def _reserve(partial: Path, done: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
     """Make room for the array, unless an earlier call did: a disk that fills up while pages are written would kill the process."""
-    if partial.is_file() and done.is_dir():
-        with contextlib.suppress(ValueError, OSError):
-            earlier = np.load(partial, mmap_mode="r")
-            if earlier.shape == shape and earlier.dtype == dtype:
-                return
+    if done.is_dir() and _holds(partial, shape, dtype):
+        return
     shutil.rmtree(done, ignore_errors=True)
     done.mkdir(parents=True)
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize

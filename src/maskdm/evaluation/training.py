@@ -69,7 +69,7 @@ def train_self(
     The result is a function of the images, labels, seed and steps (chosen by image size and count when None) on one machine
     and thread count, unless `max_seconds` cuts the training short, which its provenance then says. Held-out images give
     the accuracy alone. The network runs on `device` afterwards; it is trained on the CPU, where the same data give the same
-    network, with a GPU or without. UserError below 16 images.
+    network, with a GPU or without. UserError below `LEAST` images.
     """
     if len(images) < LEAST:
         raise UserError(f"a feature network needs at least {LEAST} images, here {len(images)}; give more images")
@@ -99,7 +99,7 @@ def accuracy_of(network: FeatureNetwork, images: Images, labels: Labels | None) 
 
 
 def _num_steps(encoder: Encoder, num_images: int) -> int:
-    """At most 50 passes over few images, for more would only be learnt by heart."""
+    """At most 50 passes over few images, for more would only be learnt by heart; but 100 steps, for fewer would learn nothing."""
     most = 400 if max(encoder.size) <= 12 else 800
     return min(most, max(100, 50 * num_images // BATCH))
 

@@ -35,7 +35,13 @@ class TransformersNetwork(FeatureNetwork):
     model: Any  # a transformers.PreTrainedModel; the library is imported only when it is used
     preparation: Preparation
     reading: Reading
+    config_hash: str
     device: torch.device
+
+    @property
+    def further(self) -> dict[str, str]:
+        """What is read, and SHA-256 of config.json: it sets what the same weights compute."""
+        return {"reading": self.reading, "config_hash": self.config_hash}
 
     def embed(self, images: UInt8[Tensor, "n _ _ _"]) -> Float[Tensor, "n _"]:
         """What `reading` says, flat. DINOv2's pooled output is its class token after the last normalisation."""
@@ -66,8 +72,8 @@ def load_transformers(family: Family, folder: Path, device: torch.device) -> Tra
     elif has_pooling and "pooler_output" in output:
         reading = "pooled output"
     name, dimensions = f"{folder.resolve().name} ({kind}, {reading})", _read(output, reading).shape[1]
-    words, batch = str(preparation), batch_on(device)
-    return TransformersNetwork(name, digest, dimensions, 0, words, batch, model.to(device), preparation, reading, device)
+    words, batch, config = str(preparation), batch_on(device), sha256_of(folder / "config.json")
+    return TransformersNetwork(name, digest, dimensions, 0, words, batch, model.to(device), preparation, reading, config, device)
 
 
 def _read(output: Any, reading: Reading) -> Tensor:

@@ -11,19 +11,22 @@ from maskdm.report.page import NUM_COLORS, bullets, number, text
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: points (x, y), a colour by number, raw points drawn faintly behind, and how strongly it shows."""
+    """One line of a chart: points (x, y), a colour and a kind of stroke by number, raw points drawn faintly behind."""
 
     name: str
     points: Sequence[tuple[float, float]]
     color: int = 0
     faint: Sequence[tuple[float, float]] = ()
-    strength: float = 1.0
+    dash: int = 0
     dots: bool = False
     bars: Sequence[tuple[float, float, float]] = ()
     """Intervals (x, low, high)."""
     best: tuple[float, float] | None = None
     """A point to be ringed."""
 
+
+DASHES = (("solid", "none"), ("dashed", "8 5"), ("dotted", "2 4"))
+"""Kinds of stroke, of borders (the legend) and of curves: lines of one colour stay as dark as it is, which paler ones would not."""
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 300, 58, 14, 12, 46
 
@@ -100,11 +103,11 @@ def _axes(scale: _Scale, x_label: str, y_label: str) -> str:
 
 
 def _line(scale: _Scale, line: Series) -> str:
-    color = f"--c: var(--c{line.color % NUM_COLORS}); opacity: {line.strength}"
-    parts = [f'<g style="{color}">']
+    parts = [f'<g style="--c: var(--c{line.color % NUM_COLORS})">']
     if line.faint:
         parts.append(f'<polyline class="faint" points="{scale.path(line.faint)}"/>')
-    parts.append(f'<polyline class="curve" points="{scale.path(line.points)}"/>')
+    dash = DASHES[line.dash % len(DASHES)][1]
+    parts.append(f'<polyline class="curve" style="stroke-dasharray: {dash}" points="{scale.path(line.points)}"/>')
     for x, low, high in line.bars:
         parts.append(f'<polyline class="curve" points="{scale.path([(x, low), (x, high)])}"/>')
     if line.dots or len(line.points) == 1:
@@ -138,7 +141,8 @@ def chart(
         drawn += f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
         drawn += f'<text {side} y="{TOP + 12}">{text(name)}</text>'
     ends = "; ".join(f"{line.name} from {number(line.points[0][1])} to {number(line.points[-1][1])}" for line in series)
-    names = [f'<span style="--c: var(--c{line.color % NUM_COLORS}); opacity: {line.strength}"></span>{text(line.name)}' for line in series]
+    keys = [f"--c: var(--c{line.color % NUM_COLORS}); border-top-style: {DASHES[line.dash % len(DASHES)][0]}" for line in series]
+    names = [f'<span style="{key}"></span>{text(line.name)}' for key, line in zip(keys, series, strict=True)]
     return (
         f'<figure class="chart"><h3>{title}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}: {text(ends)}">'
         f"{_axes(scale, x_label, y_label)}{drawn}</svg>{bullets(names, 'legend')}<figcaption>{note}</figcaption></figure>"

@@ -72,8 +72,8 @@ def _data(runs: Sequence[Run]) -> list[str]:
 
 
 def _series(run: Run, place: int, points: Sequence[tuple[float, float]]) -> charts.Series:
-    round_, color = divmod(place, page.NUM_COLORS)  # past the fifth run the colours come again, paler
-    return charts.Series(run.label, points, color, strength=0.5**round_, dots=True)
+    round_, color = divmod(place, page.NUM_COLORS)  # past the fifth run the colours come again, with other strokes
+    return charts.Series(run.label, points, color, dash=round_, dots=True)
 
 
 def _curves(runs: Sequence[Run]) -> str:

@@ -142,7 +142,7 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
     if unlike and len(rivals) > 1:
         said.append(f"Held-out losses do not compare: the runs differ in {names(unlike)}.")
     elif len(rivals) > 1:
-        said += _races(rivals, lines)
+        said += _races(rivals, lines) + _origins(rivals)
         if unlike_clocks(rivals):
             said.append("The runs were trained on different hardware: their times do not compare, the losses against images do.")
     return [*said, CHANCE]
@@ -155,20 +155,33 @@ def _races(rivals: Sequence[Run], lines: dict[str, Line]) -> list[str]:
     for run in rivals:
         if run is winner:
             continue
-        level = lines[run.label][-1][1]
+        level, its = min(loss for _, loss in lines[run.label]), f"{text(run.label)}'s"
         spent, needed = first_reach(mine, level), first_reach(lines[run.label], level)
-        if spent is None or not needed:
-            continue
-        its, share = f"{text(run.label)}'s", round(100 * spent / needed)
-        said.append(
-            f"{text(winner.label)} reaches {its} final held-out loss ({number(level)}{_so_far(run)}) in {share}{page.GAP}% of {its} time: "
-            f"{page.duration(spent)} against {page.duration(needed)}."
-        )
+        best = f"{its} best held-out loss ({number(level)}{_so_far(run, 'until')})"
+        if spent is None:
+            said.append(f"{text(winner.label)} has not reached {best}.")
+        elif needed:
+            most = "at most " if mine[0][1] <= level else ""  # nothing is known of the time before its first measurement
+            share = f"{most}{round(100 * spent / needed)}{page.GAP}% of {its} time"
+            said.append(f"{text(winner.label)} reaches {best} in {share}: {page.duration(spent)} against {page.duration(needed)}.")
     return said
 
 
-def _so_far(run: Run) -> str:
-    words = {"running": "so far", "failed": "when it failed", "stopped": "when it was stopped", "killed": "when it was killed"}
+def origin(run: Run) -> str:
+    """The run whose weights this one began with; empty where it began from scratch."""
+    found = settings(run).get("init", "none")
+    return "" if found == "none" else found
+
+
+def _origins(runs: Sequence[Run]) -> list[str]:
+    """What the times leave out, where the runs did not begin alike."""
+    begun = [run for run in runs if origin(run)] if len(set(map(origin, runs))) > 1 else []
+    uncounted = "the training behind those is not counted"
+    return [f"{text(run.label)} started from other weights ({text(origin(run))}); {uncounted}." for run in begun]
+
+
+def _so_far(run: Run, when: str = "when") -> str:
+    words = {"running": "so far", "failed": f"{when} it failed", "stopped": f"{when} it was stopped", "killed": f"{when} it was killed"}
     return f" {words[run.status]}" if run.status in words else ""
 
 
@@ -198,7 +211,7 @@ def final_table(runs: Sequence[Run]) -> str:
         ["Training time" + (differs if unlike_clocks(runs) else ""), *(page.duration(run.seconds) for run in runs)],
         ["Images seen", *(number(run.images) for run in runs)],
         ["Parameters", *(count(run.card, "parameters") for run in runs)],
-        ["Arithmetic", *(scaled(finite(run.card, "flops"), "FLOP") for run in runs)],
+        ["Arithmetic", *(scaled(run.flops, "FLOP") for run in runs)],
         ["Final held-out loss" + (differs if unlike_losses(runs) else ""), *map(_loss, runs)],
     ]
     for name, key, show, moved in _MEASURES:

@@ -114,6 +114,8 @@ def number(value: int | float | None, digits: int = 3) -> str:
     """1437 -> '1 437', 0.012345 -> '0.0123', None -> a dash."""
     if value is None:
         return "&ndash;"
+    if not float(value).is_integer() and abs(value) < 1000:
+        value = float(f"{value:.{digits}g}")  # first: 999.7 is 1 000
     if float(value).is_integer() or abs(value) >= 1000:
         return f"{round(value):,}".replace(",", GAP)
     shown = f"{value:.{digits}g}"
@@ -127,10 +129,11 @@ def scaled(value: float | None, unit: str) -> str:
     """1.2e12 FLOP -> '1.2 TFLOP', None -> a dash."""
     if value is None:
         return number(value)
+    value = float(f"{value:.3g}")  # first: 999.7 G is 1 T
     for factor, prefix in PREFIXES:
         if value >= factor:
-            return f"{value / factor:.3g}{GAP}{prefix}{unit}"
-    return f"{value:.3g}{GAP}{unit}"
+            return f"{number(value / factor)}{GAP}{prefix}{unit}"
+    return f"{number(value)}{GAP}{unit}"
 
 
 def word(record: Json, key: str) -> str:
@@ -145,7 +148,7 @@ def count(record: Json, key: str) -> str:
 
 def percent(value: float | None) -> str:
     """0.875 -> '87.5 %'."""
-    return "&ndash;" if value is None else f"{round(100 * value, 1):g}{GAP}%"
+    return "&ndash;" if value is None else f"{round(100 * value, 1) + 0.0:g}{GAP}%"  # + 0.0 makes of -0.0 a 0.0
 
 
 def estimate(record: Json, key: str, show: Callable[[float | None], str]) -> str:

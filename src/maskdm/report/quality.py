@@ -7,7 +7,7 @@ import re
 from maskdm.report import charts, images, page
 from maskdm.report.page import Json, as_list, as_object, as_objects, count, estimate, finite, interval, number, percent, text, word
 from maskdm.report.state import Run
-from maskdm.report.training import early_stops, trend
+from maskdm.report.training import early_stops, lost_trackers, trend
 
 _MEASURES = (
     (
@@ -24,7 +24,7 @@ _MEASURES = (
         number,
         "Continued to endless images: free of the bias of their number.",
     ),
-    ("... of two real halves", "frechet_distance_halves", number, "What perfect samples would get at this number of images."),
+    ("... of two real parts", "frechet_distance_halves", number, "Two disjoint parts of the real images{each}."),
     ("Class accuracy", "class_accuracy", percent, "Share recognised as the class asked for, by a classifier of real images."),
     ("Precision", "precision", percent, "Share of the samples that lie among real images: are they plausible?"),
     ("Recall", "recall", percent, "Share of the real images that lie among samples: is their variety reached?"),
@@ -32,7 +32,6 @@ _MEASURES = (
     ("Coverage", "coverage", percent, "Share of the real images with a sample close by."),
 )
 _HELDOUT = {
-    "frechet_distance": "frechet_distance_heldout",
     "frechet_distance_matched": "frechet_distance_heldout",
     "frechet_distance_infinity": "",
     "frechet_distance_halves": "",
@@ -41,7 +40,7 @@ _HELDOUT = {
 
 def verdicts(run: Run) -> str:
     """What there is to say, in sentences; what leads up to a colon stands out."""
-    said = [*map(_sentence, as_list(run.measures.get("verdicts"))), *early_stops(run), trend(run)]
+    said = [_stale(run), *map(_sentence, as_list(run.measures.get("verdicts"))), *early_stops(run), trend(run), *lost_trackers(run)]
     sentences: list[str] = []
     for sentence in filter(None, said):
         head, colon, rest = sentence.partition(": ")
@@ -60,10 +59,28 @@ def headline(run: Run) -> tuple[str, str, str] | None:
     known = {name: title for title, name, _, _ in _MEASURES}
     if key not in known or finite(run.measures, key) is None:
         return None
-    ends, real = interval(run.measures, key), finite(run.measures, f"{key}_heldout")
+    ends, real = interval(run.measures, key), finite(run.measures, _heldout(run.measures, key))
     span = f"{number(ends[0])} to {number(ends[1])}" if ends else ""
     new = f"new real images: {number(real)}" if real is not None else ""
+    matched, floor = finite(run.measures, f"{key}_matched"), finite(run.measures, f"{key}_heldout")
+    if not new and matched is not None and floor is not None:
+        new = f"at equal counts {number(matched)}, new real images {number(floor)}"
     return _title(run.measures, key, known[key]), number(finite(run.measures, key)), "; ".join(filter(None, (span, new)))
+
+
+def _heldout(measures: Json, key: str) -> str:
+    """The key of the same measure of held-out images; none for a Frechet distance of other counts, which move it."""
+    if key == "frechet_distance" and finite(measures, "num_samples") != finite(measures, "num_heldout"):
+        return ""
+    return _HELDOUT.get(key, f"{key}_heldout")
+
+
+def _stale(run: Run) -> str:
+    """A remark where the run went on after its samples were measured."""
+    then = finite(run.measures, "train_seconds")
+    if then is None or then >= 0.95 * run.seconds:
+        return ""
+    return f"Measured after {page.duration(then)} of training; the run has gone on since."
 
 
 def _title(measures: Json, key: str, name: str) -> str:
@@ -78,10 +95,11 @@ def quality(run: Run) -> str:
         return '<p class="soft">Samples are not measured yet: <code>maskdm evaluate RUN</code> does it.</p>'
     rows: list[list[str]] = []
     first = measures.get("headline")
+    each = finite(measures, "frechet_distance_halves_count")
     for name, key, show, meaning in sorted(_MEASURES, key=lambda measure: measure[1] != first):
         if measures.get(key) is not None:
-            real = estimate(measures, _HELDOUT.get(key, f"{key}_heldout"), show)
-            rows.append([_title(measures, key, name), estimate(measures, key, show), real, meaning])
+            cells = [estimate(measures, which, show) for which in (key, _heldout(measures, key))]
+            rows.append([_title(measures, key, name), *cells, meaning.format(each=f", {number(each)} each" if each else "")])
     features = as_object(measures.get("features"))
     carried = as_object(measures.get("provenance")) | {f"features: {key}": value for key, value in features.items()}
     origin = [f"{text(key)}: {text(value)}" for key, value in carried.items() if value is not None]
@@ -91,7 +109,8 @@ def quality(run: Run) -> str:
     )
     found = page.table("Measures", ["Measure", "Samples", "Held-out real images", "Meaning"], rows, wide=True)
     details = f"<details><summary>How it was measured</summary>{page.bullets(origin)}</details>"
-    return f'{found}{_bias(measures)}<p class="soft">{note}</p>{_classes(measures)}{_history(run)}{details}'
+    stale = f"<p>{_stale(run)}</p>" if _stale(run) else ""
+    return f'{stale}{found}{_bias(measures)}<p class="soft">{note}</p>{_classes(measures)}{_history(run)}{details}'
 
 
 def _bias(measures: Json) -> str:

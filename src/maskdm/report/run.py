@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskdm.report import images, page
+from maskdm.report.figures import origin
 from maskdm.report.page import Json, amount, as_list, count, finite, number, percent, text, word
 from maskdm.report.quality import colour, copies, headline, quality, verdicts
 from maskdm.report.state import Run, is_masked, read_run, speed_up
@@ -57,7 +58,8 @@ def _summary(run: Run) -> str:
     }[run.status]
     course = f": {', then '.join(stages)}" if stages else ""
     subject = f"{number(images)} images of {text(data.get('name', 'unnamed data'))} ({traits})"
-    return f"maskdm {verb} {subject} {spent.format(page.duration(run.seconds))} on {place}{course}."
+    begun = f"; it started from other weights ({text(origin(run))}), and the training behind those is not counted" if origin(run) else ""
+    return f"maskdm {verb} {subject} {spent.format(page.duration(run.seconds))} on {place}{course}{begun}."
 
 
 def _facts(run: Run) -> str:
@@ -68,10 +70,9 @@ def _facts(run: Run) -> str:
         ("Images seen", number(run.images), "repetitions counted"),
         ("Parameters", count(run.card, "parameters"), text(run.card.get("model", ""))),
     ]
-    flops = finite(run.card, "flops")
-    if flops:
-        rate = page.scaled(flops / max(run.seconds, 1e-9), "FLOP/s")
-        facts.insert(2, ("Arithmetic", page.scaled(flops, "FLOP"), f"{rate} while training"))
+    if run.flops:
+        rate = page.scaled(run.flops / max(run.seconds, 1e-9), "FLOP/s")
+        facts.insert(2, ("Arithmetic", page.scaled(run.flops, "FLOP"), f"{rate} while training"))
     masked = next((stage for stage in run.stages if is_masked(stage)), None)
     losses = [loss for _, loss in run.heldout()]
     if losses:
@@ -158,9 +159,10 @@ def _data(run: Run) -> str:
     ]
     broken = [[text(part) for part in as_list(item)] for item in as_list(data.get("broken"))]
     rows = [[*item, "", ""][:2] for item in broken[:100]]
-    more = f'<p class="soft">and {len(broken) - 100} more</p>' if len(broken) > 100 else ""
+    total = round(max(amount(data, "num_broken"), len(broken)))  # not all are listed in run.json
+    more = f'<p class="soft">and {number(total - len(rows))} more</p>' if total > len(rows) else ""
     listed = page.table("Files left out", ["File", "Reason"], rows, wide=True) + more
-    left = f"<h3>Files left out ({len(broken)})</h3>{listed}" if rows else ""
+    left = f"<h3>Files left out ({number(total)})</h3>{listed}" if rows else ""
     return page.bullets(facts + [text(note) for note in as_list(data.get("notes"))]) + left
 
 
@@ -171,9 +173,15 @@ def _repeat(run: Run) -> str:
     known: Json = {"maskdm": run.card.get("version"), "created": run.card.get("created"), "seed": run.card.get("seed")}
     known |= run.environment
     rows = [[text(key), text(value)] for key, value in known.items() if value is not None]
+    forks = [
+        f"At step {count(fork, 'step')} <code>--fork</code> changed {text('; '.join(map(str, as_list(fork.get('changed')))))}"
+        + (f"; begun by <code>{word(fork, 'before')}</code>" if fork.get("before") else "")
+        for fork in run.named("fork")
+    ]
     config = f'<details><summary>The whole configuration</summary><pre tabindex="0">{text(run.config)}</pre></details>'
     return (
-        f'<h3>Commands</h3><pre tabindex="0">{text(train)}\n{text(sample)}\n{text(evaluate)}</pre>{config if run.config else ""}'
+        f'<h3>Commands</h3><pre tabindex="0">{text(train)}\n{text(sample)}\n{text(evaluate)}</pre>'
+        f"{page.bullets(forks)}{config if run.config else ''}"
         f"<h3>Environment</h3>{page.table('Environment', ['What', 'Which'], rows, wide=True)}"
     )
 

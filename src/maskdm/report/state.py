@@ -5,13 +5,15 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 
 from maskdm.errors import UserError
 from maskdm.report import page
 from maskdm.report.page import Json, amount, as_object, finite, number, percent
 
+RECENT = timedelta(minutes=10)
 Line = list[tuple[float, float]]
 
 _WORDS = {
@@ -50,10 +52,21 @@ class Run:
         """What run.json says of machine and versions."""
         return as_object(self.card.get("environment"))
 
-    @property
+    @cached_property
     def stages(self) -> list[Json]:
-        """What each stage was and did."""
-        return page.as_objects(self.card.get("stages"))
+        """What each stage was and did: as run.json has it, which is of the last checkpoint, or as the log has it where that is later."""
+        last = {str(record.get("stage")): record for record in self.named("train")}
+        stages: list[Json] = []
+        before = 0.0
+        for stage in page.as_objects(self.card.get("stages")):
+            record, later = last.get(str(stage.get("name")), {}), Json()
+            if amount(record, "stage_step") > amount(stage, "steps"):
+                images, seconds = amount(record, "images"), amount(record, "seconds") - before  # the log's clock runs through all stages
+                later = {"steps": record["stage_step"], "images": images, "seconds": seconds, "flops": images * _cost(stage) or None}
+                later["images_per_second"] = images / seconds if seconds > 0 else None
+            stages.append(stage | later)
+            before += amount(stages[-1], "seconds")
+        return stages
 
     @property
     def seconds(self) -> float:
@@ -66,12 +79,19 @@ class Run:
         return sum((amount(stage, "images") for stage in self.stages), 0.0)
 
     @property
+    def flops(self) -> float | None:
+        """Arithmetic of the training, where it is known."""
+        known = [finite(stage, "flops") for stage in self.stages if amount(stage, "images")]
+        return sum(filter(None, known)) if known and all(known) else finite(self.card, "flops")
+
+    @property
     def status(self) -> str:
         """finished, failed, running, stopped, or killed: said to be running, by a process that is gone from this machine."""
         status = self.card.get("status")
         if status in ("finished", "failed", "stopped"):
             return str(status)
-        return "killed" if _is_gone(as_object(self.card.get("process"))) else "running"
+        recent = datetime.now().astimezone() - self.updated < RECENT
+        return "killed" if _is_gone(as_object(self.card.get("process")), recent) else "running"
 
     @property
     def badge(self) -> str:
@@ -93,33 +113,45 @@ class Run:
 
     def heldout_by_flops(self) -> Line:
         """(arithmetic of all stages so far, held-out loss); empty where a stage's is not known."""
-        costs = {str(stage.get("name")): amount(stage, "flops") / max(amount(stage, "images"), 1) for stage in self.stages}
+        costs = {str(stage.get("name")): _cost(stage) for stage in self.stages}
         return self._heldout_by(costs) if costs and all(costs.values()) else []
 
     def _heldout_by(self, costs: Json) -> Line:
-        """The spending from the `train` records, which count images within their stage; an image costs 1 unless `costs` says otherwise."""
+        """The spending so far; an image costs 1 unless `costs` says otherwise.
+
+        Records count images within their stage: `images` of `train`, `seen` of `heldout` (older logs have none, and lag by some steps).
+        """
         line: Line = []
         before, within, stage = 0.0, 0.0, None
         for record in self.events:
-            if record.get("event") == "train":
+            seen = finite(record, {"train": "images", "heldout": "seen"}.get(str(record.get("event")), ""))
+            if seen is not None:
                 if record.get("stage") != stage:
                     before, within, stage = before + within, 0.0, record.get("stage")
-                within = max(within, amount(record, "images") * costs.get(str(stage), 1.0))
-            elif record.get("event") == "heldout":
+                within = max(within, seen * costs.get(str(stage), 1.0))
+            if record.get("event") == "heldout":
                 loss, spent = finite(record, "loss"), before + within
                 line += [(spent, loss)] if spent > 0 and loss is not None and loss > 0 else []
         return line
 
 
-def _is_gone(process: Json) -> bool:
-    """Whether a process of this machine has ended (or another has its number now)."""
+def _cost(stage: Json) -> float:
+    """Arithmetic of an image in a stage; 0 where it is not known."""
+    return finite(stage, "flops_per_image") or amount(stage, "flops") / max(amount(stage, "images"), 1)
+
+
+def _is_gone(process: Json, recent: bool) -> bool:
+    """Whether a process of this machine has ended, or another has its number now.
+
+    Of a run that wrote its files recently the number is enough: a clock that is set moves the time at which a process seems to have begun.
+    """
     import psutil
 
     pid, started = finite(process, "pid"), finite(process, "started")
     if pid is None or started is None or process.get("host") != platform.node():
         return False
     try:
-        return abs(psutil.Process(int(pid)).create_time() - started) > 2
+        return abs(psutil.Process(int(pid)).create_time() - started) > 2 and not recent
     except psutil.NoSuchProcess:
         return True
     except psutil.Error:

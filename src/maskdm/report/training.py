@@ -17,11 +17,14 @@ def trend(run: Run) -> str:
         return ""
     best, before = min(losses), min(losses[: -max(1, len(losses) // 4)])
     if losses[-1] > 1.03 * best:
-        known = [finite(record, "train_loss") for record in (records[losses.index(best)], records[-1])]
+        then, now = (finite(record, "train_loss") for record in (records[losses.index(best)], records[-1]))
         told = f"the held-out loss rose from {number(best)} at its best to {number(losses[-1])}"
-        if known[0] is not None and known[1] is not None and known[1] < known[0]:
-            return f"Overfitting: {told}, while that of training images fell on to {number(known[1])}."
-        return f"Overfitting, perhaps: {told}."
+        if then is None or now is None:
+            return f"Overfitting, perhaps: {told}."
+        if now < then:
+            return f"Overfitting: {told}, while that of training images fell on to {number(now)}."
+        course = f"that of training images went from {number(then)} to {number(now)}"
+        return f"Worse, on training images too: {told}, {course}. That is no overfitting; try a lower lr."
     fall = 1 - best / before
     if fall > 0.01:
         advice = "" if run.status == "running" else "; train longer"
@@ -35,12 +38,22 @@ def early_stops(run: Run) -> list[str]:
     return [f"Stage {word(end, 'stage')} ended early: {count(end, 'since')} evaluations without a better one." for end in ends]
 
 
+def lost_trackers(run: Run) -> list[str]:
+    """Which trackers were dropped, and why."""
+    last = {str(event.get("name")): event for event in run.named("tracker")}
+    return [
+        f"Tracking: {text(name)} failed at step {count(event, 'step')} and was left out from there on ({word(event, 'error')})."
+        for name, event in last.items()
+    ]
+
+
 def stage_table(run: Run) -> str:
     """What each stage was, did, and how fast."""
     rows: list[list[str]] = []
+    begun = "under way" if run.status == "running" else "cut short"
     for stage in run.stages:
         steps = amount(stage, "steps")
-        state = "ended early" if stage.get("ended_early") else "done" if stage.get("done") else "not yet" if not steps else "under way"
+        state = "ended early" if stage.get("ended_early") else "done" if stage.get("done") else "not yet" if not steps else begun
         measured, ideal = speed_up(run, stage) if is_masked(stage) else ("1\u00d7", "by definition")
         seen = f"{percent(1 - amount(stage, 'hidden'))}<small>{count(stage, 'kept')} of {count(run.card, 'tokens')} patches</small>"
         row = [f"{word(stage, 'name')}<small>mask: {word(stage, 'mask')}</small>", seen]
@@ -108,7 +121,7 @@ def _levels(heldout: list[Json]) -> str:
     for place, index in enumerate(chosen, start=1):
         line = page.points(page.as_objects(records[index].get("levels")), "t", "loss")
         label = f"after {page.duration(amount(records[index], 'seconds'))}"
-        series.append(charts.Series(label, line, 1, strength=place / len(chosen), dots=True))
+        series.append(charts.Series(label, line, 1, dash=len(chosen) - place, dots=True))
     if records:
         known = page.points(page.as_objects(records[-1].get("train_levels")), "t", "loss")
         series.append(charts.Series("training images, last", known, 2, dots=True))
@@ -183,5 +196,6 @@ def overfitting(run: Run) -> str:
 
     rows = [row("All levels", found), *(row(f"t = {count(level, 't')}", level) for level in levels)]
     shown = page.table("Loss on training and held-out images", ["Noise level", "Training images", "Held-out images", "Gap"], rows)
-    note = "A gap above 0, interval and all, is overfitting. The levels differ by far: compare along a row."
+    note = "Overfitting: a gap over all levels above 3 % of the loss on training images, interval and all. "
+    note += "The levels differ by far: compare along a row."
     return f'<details><summary>Overfitting, level by level</summary>{shown}<p class="soft">{note}</p></details>'

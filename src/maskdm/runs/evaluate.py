@@ -36,8 +36,8 @@ from maskdm.runs.directory import RunDirectory, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
 from maskdm.runs.resolve import parse_size
-from maskdm.runs.sample import SampleRequest, choose_labels, draw_images, sampling_settings
-from maskdm.runs.sets import LEAST_HELDOUT, dataset_of, image_set, sets_of
+from maskdm.runs.sample import SampleRequest, draw_images, sampling_settings
+from maskdm.runs.sets import CLASSES, LEAST_HELDOUT, dataset_of, image_set, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, load_pipeline, state_hash
 from maskdm.sampling import make_scheduler
 
@@ -90,7 +90,8 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
         display.note(f"fewer than {LEAST_HELDOUT} held-out images: no figure of new real images to compare with; see --heldout of train")
     machine = this_machine(Hardware())
     settings = sampling_settings(config, sampled)
-    samples = _draw(pipeline, settings, sampled, machine, ranks, display)
+    labels = natural_labels(config, dataset, training.rows, sampled.num)
+    samples = _draw(pipeline, settings, sampled, labels, machine, ranks, display)
     network = choose_network(request.features, training, heldout, 0, machine.device, ranks, display)
     provenance = {
         "maskdm": maskdm.__version__,
@@ -102,6 +103,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
         "eta": settings.eta,
         "guidance": settings.guidance,
         "seed": sampled.seed,
+        "classes": None if labels is None else CLASSES,
         "data": info["data"]["name"],
         "data_hash": dataset.content_hash,
         "device": str(machine.device),
@@ -128,11 +130,16 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
 
 
 def _draw(
-    pipeline: maskdm.MaskDMPipeline, settings: Sampling, request: SampleRequest, machine: Machine, ranks: Ranks, display: Display
+    pipeline: maskdm.MaskDMPipeline,
+    settings: Sampling,
+    request: SampleRequest,
+    labels: list[int] | None,
+    machine: Machine,
+    ranks: Ranks,
+    display: Display,
 ) -> ImageSet:
     """Samples, kept in the cache: a killed evaluation goes on, and another network measures the same ones."""
     pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
-    labels = choose_labels(pipeline.config["class_names"], (), request.num)
     how = [
         maskdm.__version__,
         settings.scheduler,
@@ -142,6 +149,7 @@ def _draw(
         request.seed,
         request.num,
         machine.device.type,
+        CLASSES,
     ]
     key = hashlib.sha256(json.dumps([state_hash(pipeline.unet.state_dict()), *how, labels]).encode()).hexdigest()[:32]
     folder = cache_directory() / "samples"
@@ -262,7 +270,7 @@ def summary(measures: dict[str, Any]) -> list[str]:
     lines.append(f"  kernel distance   {between('kernel_distance')}{beside('kernel_distance')}")
     name = "FID              " if "fid" in measures else "Frechet distance "
     count = measures.get("frechet_distance_halves_count")
-    halves = f"; two real halves of {count}: {measures['frechet_distance_halves']:.4g}" if count else ""
+    halves = f"; two disjoint parts of the real images, {count} each: {measures['frechet_distance_halves']:.4g}" if count else ""
     lines.append(f"  {name} {between('frechet_distance')}{beside('frechet_distance')}{halves}")
     if "frechet_distance_infinity" in measures:
         lines.append(f"  ... of endless images {between('frechet_distance_infinity')}")

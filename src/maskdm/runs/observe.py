@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,26 @@ class Diverged(Exception):
     """The loss or the gradient is no longer a number. Exit code 1."""
 
 
+def update_info(run: RunDirectory, trainer: Trainer, status: str, error: str | None) -> None:
+    """Bring run.json up to date."""
+    stages = stage_records(trainer.config, trainer.progress)
+    total = sum(stage["flops"] for stage in stages)
+    run.write_info(run.info() | {"status": status, "error": error, "stages": stages, "flops": total})
+
+
 class Observer:
     """Follows a trainer, step by step."""
 
     def __init__(
-        self, run: RunDirectory, config: Config, trainer: Trainer, dataset: Dataset, rows: tuple[NDArray[np.int64], NDArray[np.int64]]
+        self,
+        run: RunDirectory,
+        config: Config,
+        trainer: Trainer,
+        dataset: Dataset,
+        rows: tuple[NDArray[np.int64], NDArray[np.int64]],
+        note: Callable[[str], None],
     ) -> None:
+        self.note = note
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
         self.trackers = Trackers(config.tracking, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
@@ -86,7 +100,7 @@ class Observer:
         ends = step.ends_stage
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
             self.trackers.scalars(self.watch.evaluate(step), step.number)
-            self._histograms(step)
+            self.trackers.histograms(lambda: network_histograms(self.trainer.model, self.trainer.optimizer), step.number)
             if not ends and self.watch.gives_up(step):
                 self.trainer.end_stage()
                 ends = True
@@ -137,26 +151,16 @@ class Observer:
         self._check_finite(step)
         self._saved = step.number
         save_checkpoint(self.run, self.trainer, self.meter(), step.stage.name if ends_stage else None)
-        self.update_info("running", None)
+        update_info(self.run, self.trainer, "running", None)
 
     def save_once(self, step: Step) -> None:
         """Write a checkpoint, if there is none of this step."""
         if self._saved != step.number:
             self.save(step)
 
-    def update_info(self, status: str, error: str | None) -> None:
-        """Bring run.json up to date."""
-        stages = stage_records(self.config, self.trainer.progress)
-        total = sum(stage["flops"] for stage in stages)
-        self.run.write_info(self.run.info() | {"status": status, "error": error, "stages": stages, "flops": total})
-
     def _tracker_failed(self, name: str, error: str) -> None:
         self.run.log("tracker", self.trainer.progress.step, name=name, error=error, state="dropped")
-
-    def _histograms(self, step: Step) -> None:
-        if self.trackers:
-            for name, value in network_histograms(self.trainer.model, self.trainer.optimizer).items():
-                self.trackers.histogram(name, value, step.number)
+        self.note(f"tracking: {name} failed ({error}) and is left out from here on; the run goes on, and metrics.jsonl has its figures")
 
     # --- samples of the averaged weights ---
 
@@ -189,7 +193,7 @@ class Observer:
         masks = self._mask_picture()
         if masks is not None:
             masks.save(self.run.path / "masks.png")
-        self.update_info("finished", None)
+        update_info(self.run, self.trainer, "finished", None)
         write_report(self.run.path)
 
     def _final_samples(self) -> Image.Image:

@@ -76,6 +76,7 @@ def stage_records(config: Config, progress: Progress) -> list[dict[str, Any]]:
                 "seconds": round(done.seconds, 3),
                 "images_per_second": done.images / done.seconds if done.seconds else None,
                 "flops": flops(config, stage.mask, done.images),
+                "flops_per_image": flops(config, stage.mask, 1),
                 "done": number < progress.stage or done.share(stage.budget) >= 1 or done.ended,
                 "ended_early": done.ended,
             }

@@ -17,6 +17,11 @@ from maskdm.runs.store import cache_directory
 
 LEAST_HELDOUT = 10
 
+CLASSES = "as in the training images"
+"""How often each class is asked for where samples are measured; in the record of every such figure."""
+
+GOLDEN = (5**0.5 - 1) / 2
+
 
 def dataset_of(run: RunDirectory, config: Config, data: str | None, display: Display) -> Dataset:
     """The data that a run was trained on, found at `data` where it has moved. Raises UserError where it is other data."""
@@ -44,6 +49,21 @@ def image_set(dataset: Dataset, rows: NDArray[np.int64], labelled: bool = True) 
     known = labelled and dataset.labels is not None and bool((dataset.labels >= 0).all())
     labels = dataset.labels[rows] if known and dataset.labels is not None else None
     return ImageSet(dataset.images, rows, digest(dataset.content_hash, rows), labels, dataset.name_of)
+
+
+def natural_labels(config: Config, dataset: Dataset, rows: NDArray[np.int64], num: int) -> list[int] | None:
+    """A class for each of `num` samples, as often as among these rows, and so mixed that each beginning is about like the whole.
+
+    None for a run without classes. Samples of all classes alike would differ from the real images where those are unbalanced.
+    """
+    if not config.data.conditional or dataset.labels is None:
+        return None
+    classes, found = np.unique(dataset.labels[rows], return_counts=True)
+    counts, remainders = np.divmod(found * num, found.sum())
+    counts[np.argsort(-remainders, kind="stable")[: num - counts.sum()]] += 1
+    begins = np.arange(len(counts)) * GOLDEN % 1  # each class evenly over the samples; rare ones not all at the same place
+    places = np.concatenate([(np.arange(count) + begin) / count for count, begin in zip(counts, begins, strict=True)])
+    return np.repeat(classes, counts)[np.argsort(places, kind="stable")].tolist()
 
 
 def images_and_labels(config: Config, dataset: Dataset, rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -26,8 +26,8 @@ from maskdm.models import Denoiser, build
 from maskdm.runs.directory import RunDirectory, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
-from maskdm.runs.sample import choose_labels, draw_images
-from maskdm.runs.sets import dataset_of, images_and_labels, sets_of
+from maskdm.runs.sample import draw_images
+from maskdm.runs.sets import CLASSES, dataset_of, images_and_labels, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, make_pipeline, save_pipeline, stage_snapshots
 
 MeasureName = Literal["heldout-loss", "kernel-distance"]
@@ -175,14 +175,15 @@ def _kernel_measure(num: int, config: Config, dataset: Dataset, machine: Machine
     network = choose_network(config.evaluation.features, training, heldout, 0, machine.device, Ranks(), display)
     real = Extractor(network, cache_directory() / "features", Ranks()).features(training.part(training.places(REFERENCE)))
     names = list(dataset.class_names) if config.data.conditional else []
+    labels = natural_labels(config, dataset, training.rows, num)
 
     def measure(model: Denoiser) -> Measured:
         pipeline = make_pipeline(model, config, names)
-        drawn = draw_images(pipeline, config.sampling, range(num), choose_labels(names, (), num), config.seed)
+        drawn = draw_images(pipeline, config.sampling, range(num), labels, config.seed)
         return Measured(kernel_distance(network.features(torch.from_numpy(drawn)), real).estimate)
 
     about = {"num_samples": num, "num_reference": len(real), "features": network.name, "sampling": asdict(config.sampling)}
-    return measure, {**about, "seed": config.seed}
+    return measure, {**about, "seed": config.seed, "classes": None if labels is None else CLASSES}
 
 
 def _against(found: Measured, kept: Measured) -> dict[str, Any]:

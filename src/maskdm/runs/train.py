@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -27,7 +27,7 @@ from maskdm.models import Denoiser, build
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
-from maskdm.runs.observe import Observer
+from maskdm.runs.observe import Observer, update_info
 from maskdm.runs.plan import plan_lines, stage_records
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
 from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, load_denoiser
@@ -65,14 +65,13 @@ def train(request: TrainRequest, command: str, display: Display) -> str:
         if trainer.powers.sigma_rel and trainer.powers.time == 0:
             display.note("  it has no averages for snapshots (an older version, or another ema.sigma_rel): they begin here")
     _begin(run, resolved, dataset, trainer, command, report, display)
-    observer = Observer(run, config, trainer, dataset, (training, heldout))
-    if saved is not None:
-        observer.restore(saved.numbers["meter"])
-    try:
-        _run(run, trainer, observer, display)
+    with ExitStack() as last, _recorded(run, trainer):
+        observer = Observer(run, config, trainer, dataset, (training, heldout), display.note)
+        last.callback(observer.trackers.close)  # after the record: it may wait for a server
+        if saved is not None:
+            observer.restore(saved.numbers["meter"])
+        _run(trainer, observer, display)
         observer.finish()
-    finally:
-        observer.trackers.close()
     return f"trained in {trainer.progress.seconds:.0f} s\n{_results(run)}"
 
 
@@ -160,7 +159,9 @@ def _begin(
     }
     if report:
         info["init"] = [{"name": each.name, "fate": each.fate, "reason": each.reason} for each in report]
+    before = info.get("command")
     if resolved.changed:
+        info["command"] = command  # the one before would be refused now
         shutil.copy2(run.config_file, run.path / f"config-before-{datetime.now():%Y%m%d-%H%M%S}.yaml")
     run.write_info(info)
     run.write_config(config)
@@ -169,7 +170,7 @@ def _begin(
     if resumed:
         run.log("resume", step)
     if resolved.changed:
-        run.log("fork", step, changed=list(resolved.changed))
+        run.log("fork", step, changed=list(resolved.changed), before=before)
     if resumed and threads not in (None, torch.get_num_threads()):
         display.note(f"begun with {threads} threads, now {torch.get_num_threads()}: the weights are no longer the same bit for bit")
 
@@ -189,28 +190,34 @@ def _describe(resolved: Resolved, dataset: Dataset) -> dict[str, Any]:
         "channels": channels,
         "classes": list(dataset.class_names) if resolved.config.data.conditional else [],
         "broken": [list(each) for each in dataset.broken[:200]],
+        "num_broken": len(dataset.broken),
         "notes": list(dataset.notes),
     }
 
 
-def _run(run: RunDirectory, trainer: Trainer, observer: Observer, display: Display) -> None:
-    config = trainer.config
+@contextmanager
+def _recorded(run: RunDirectory, trainer: Trainer) -> Generator[None, None, None]:
+    """Whatever ends the run before its time, from here on, stands in run.json and in the report."""
     try:
-        with _stop_requests() as stop, display.training() as bar:
-            for step in trainer.run():
-                observer.after(step, bar)
-                if stop:
-                    observer.save_once(step)
-                    raise Interrupted(f"stopped by {stop[0]} at step {step.number} and saved; the same command resumes")
+        yield
     except (Interrupted, KeyboardInterrupt):
-        observer.update_info("stopped", None)
+        update_info(run, trainer, "stopped", None)
         write_report(run.path)
         raise
     except Exception as error:
-        observer.update_info("failed", str(error))
+        update_info(run, trainer, "failed", str(error))
         write_report(run.path)
         raise
-    assert trainer.progress.stage == len(config.stages)
+
+
+def _run(trainer: Trainer, observer: Observer, display: Display) -> None:
+    with _stop_requests() as stop, display.training() as bar:
+        for step in trainer.run():
+            observer.after(step, bar)
+            if stop:
+                observer.save_once(step)
+                raise Interrupted(f"stopped by {stop[0]} at step {step.number} and saved; the same command resumes")
+    assert trainer.progress.stage == len(trainer.config.stages)
 
 
 @contextmanager

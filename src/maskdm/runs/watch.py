@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from maskdm.evaluation import DenoisingLoss, Estimate, Extractor, ImageSet, deno
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
-from maskdm.runs.sets import image_set, images_and_labels
+from maskdm.runs.sets import CLASSES, image_set, images_and_labels, natural_labels
 from maskdm.runs.store import cache_directory, save_best
 
 MEASURED = 256
@@ -48,16 +49,22 @@ class Watch:
         self.training, self.heldout = rows
         self._best, self._stage_best, self._since = math.inf, math.inf, 0
         self._judge = self._choose_judge() if config.evaluation.samples else None  # now: a missing file must not end a run later
+        self._basis = self._what_counts()
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know."""
         best, stage_best = (None if math.isinf(value) else value for value in (self._best, self._stage_best))
-        return {"measure": self.config.evaluation.measure, "best": best, "stage_best": stage_best, "since": self._since}
+        return {"basis": self._basis, "best": best, "stage_best": stage_best, "since": self._since}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue with a saved state, unless another measure counts now."""
-        if state["measure"] == self.config.evaluation.measure:
-            self._best, self._stage_best = (math.inf if state[key] is None else state[key] for key in ("best", "stage_best"))
+        """Continue with a saved state; afresh where its figures rest on something else than those to come, and do not compare."""
+        before = state.get("basis", {"measure": state.get("measure")})  # an older version kept only that
+        if before != self._basis:
+            self.run.log("afresh", self.trainer.progress.step, before=before, now=self._basis)
+            return
+        self._best, self._stage_best = (math.inf if state[key] is None else state[key] for key in ("best", "stage_best"))
+        patience = self.config.evaluation.patience
+        if patience is None or state["since"] < patience:  # else a fork lets the stage go on, and patience begins anew
             self._since = state["since"]
 
     def enter_stage(self) -> None:
@@ -67,7 +74,7 @@ class Watch:
     def evaluate(self, step: Step) -> dict[str, float]:
         """Measure, log, keep the best; returns the figures by name."""
         settings, found = self.config.evaluation, dict[str, float]()
-        where = {"stage": step.stage.name, "seconds": step.seconds}
+        where = {"stage": step.stage.name, "seconds": step.seconds, "seen": step.images}
         if len(self.heldout):
             new, known = self._loss(self.heldout), self._loss(self.training)
             levels = {"levels": new.levels, "train_levels": known.levels}
@@ -94,11 +101,14 @@ class Watch:
         return True
 
     def _compare(self, step: Step, value: float) -> None:
+        measure = self.config.evaluation.measure
+        if not math.isfinite(value):
+            self.run.log("not_finite", step.number, stage=step.stage.name, measure=measure, value=str(value))
+            value = math.inf  # no better than any other; a NaN would be the best there is from now on
         self._since = 0 if value < self._stage_best else self._since + 1
         self._stage_best = min(value, self._stage_best)
         if value < self._best:
             self._best = value
-            measure = self.config.evaluation.measure
             save_best(self.run, self.trainer, measure, value)
             self.run.log("best", step.number, stage=step.stage.name, measure=measure, value=value)
 
@@ -111,10 +121,19 @@ class Watch:
 
     def _distance(self, num: int, judge: tuple[Extractor, Tensor]) -> tuple[Estimate, str]:
         extractor, real = judge
-        classes = len(self.dataset.class_names) if self.config.data.conditional else 0
-        drawn = self.draw(num, [i % classes for i in range(num)] if classes else None)
+        drawn = self.draw(num, natural_labels(self.config, self.dataset, self.training, num))
         fake = extractor.network.features(torch.from_numpy(drawn))
         return kernel_distance(fake, real).estimate, extractor.network.name
+
+    def _what_counts(self) -> dict[str, Any]:
+        """The measure that decides, and all that a fork can change of what its figures rest on; plain values."""
+        settings = self.config.evaluation
+        if settings.measure == "heldout-loss" or self._judge is None:
+            return {"measure": settings.measure}
+        network, sampling = self._judge[0].network, asdict(self.config.sampling)
+        del sampling["num"]  # of the grids
+        about = {"features": network.hash, "preprocessing": network.preprocessing, "classes": CLASSES}
+        return {"measure": settings.measure, "samples": settings.samples, **about, "sampling": sampling}
 
     def _choose_judge(self) -> tuple[Extractor, Tensor]:
         training = image_set(self.dataset, self.training, self.config.data.conditional)
