@@ -59,6 +59,27 @@ def test_ema_sweep_measures_each_length_and_saves_the_best(finished: Path, tmp_p
     assert "average of sigma_rel" in origin and "from 4 snapshots" in origin
 
 
+def test_only_averages_of_one_step_are_judged_against_each_other(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["ema-sweep", str(finished), "--sigma-rel", "0.1", "--num", "40"]
+    assert run_command(command) == 0
+    assert "the average that training kept" in capsys.readouterr().out
+    for step in (9, 10):
+        (finished / "snapshots" / "finetune" / f"step-{step:08}.safetensors").rename(finished / f"{step}")
+    assert run_command(command) == 0
+    found = json.loads((finished / "ema_sweep.json").read_text())
+    assert found["step"] == found["ordinary"]["step"] == 8 and found["ordinary"]["checkpoint"].endswith("step-00000008")
+    assert found["beats_ordinary"] is not None
+    for step in (9, 10):
+        (finished / f"{step}").rename(finished / "snapshots" / "finetune" / f"step-{step:08}.safetensors")
+    shutil.rmtree(finished / "checkpoints" / "step-00000010-finetune")
+    capsys.readouterr()
+    assert run_command(command) == 0
+    found, lines = json.loads((finished / "ema_sweep.json").read_text()), capsys.readouterr().out.splitlines()
+    assert (found["step"], found["ordinary"]["step"], found["beats_ordinary"]) == (10, 8, None)
+    assert lines[1].split()[:2] == ["0.1", "10"] and lines[2].split()[:3] == ["as", "trained", "8"]
+    assert "no checkpoint is of the same step" in lines[3]
+
+
 def test_the_average_of_a_stored_length_is_the_one_tracked(finished: Path) -> None:
     for stage, step in (("pretrain", 6), ("finetune", 10)):
         powers = load_file(finished / "checkpoints" / f"step-{step:08}-{stage}" / "powers.safetensors")

@@ -34,8 +34,9 @@ def fill(
     folder must be one that all of them see. The name must stand for the content; a file of another shape or type is made anew.
     """
     partial, done = path.with_suffix(".partial"), path.with_suffix(".done")
-    if ranks.first and not _holds(path, shape, dtype):
+    if ranks.first and path.is_file() and not _holds(path, shape, dtype):
         path.unlink(missing_ok=True)
+    if ranks.first and not path.is_file():
         _reserve(partial, done, shape, dtype)
     ranks.wait()
     if not path.is_file():

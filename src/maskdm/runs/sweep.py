@@ -87,7 +87,9 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
     torch.set_num_threads(machine.cores)
     model = build(config.model, config.data, len(class_names(run.path))).eval()
     model.to(device=machine.device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
-    origin, ordinary = _ordinary(run, stage)
+    last = max(stored.values(), key=lambda each: each.step)
+    origin, kept_step, ordinary = _ordinary(run, stage, last.step)
+    same_step = kept_step == last.step
     dataset = dataset_of(run, config, None, display)
     measure, about = _measure(request, config, dataset, machine, display)
     points: list[dict[str, Any]] = []
@@ -100,14 +102,13 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
             model.load_state_dict(weights)
             points.append({"sigma_rel": length, **_against(measure(model), kept), "misfit": fit.misfit})
     best = min(points, key=lambda each: each["value"])
-    last = max(stored.values(), key=lambda each: each.step)
     result: dict[str, Any] = {
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "points": points,
         "measure": request.measure,
         "best": best["sigma_rel"],
-        "ordinary": {"value": kept.estimate.value, "interval": list(kept.estimate[1:]), "checkpoint": origin},
-        "beats_ordinary": _beats(best),
+        "ordinary": {"value": kept.estimate.value, "interval": list(kept.estimate[1:]), "step": kept_step, "checkpoint": origin},
+        "beats_ordinary": _beats(best) if same_step else None,
         "stage": stage,
         "step": last.step,
         "time": last.time,
@@ -115,8 +116,8 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
         "provenance": {"maskdm": maskdm.__version__, "data": info["data"]["name"], "data_hash": dataset.content_hash, **about},
     }
     write_text(run.sweep_file, json.dumps(result, indent=1))
-    lines = [_HEAD, *(_line(f"{each['sigma_rel']:g}", each) for each in points), _line("as trained", result["ordinary"])]
-    lines += [_verdict(best), f"written to {run.sweep_file}"]
+    lines = [_HEAD, *(_line(f"{each['sigma_rel']:g}", last.step, each) for each in points)]
+    lines += [_line("as trained", kept_step, result["ordinary"]), _verdict(best, same_step), f"written to {run.sweep_file}"]
     if request.save:
         model.load_state_dict(snapshots.average(stored, best["sigma_rel"])[0])
         folder = run.path / f"model-ema-{best['sigma_rel']:g}"
@@ -125,14 +126,16 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
     return "\n".join(lines)
 
 
-def _ordinary(run: RunDirectory, stage: str) -> tuple[str, dict[str, Tensor]]:
-    """The average that training kept: at the end of the stage, or the newest there is."""
+def _ordinary(run: RunDirectory, stage: str, step: int) -> tuple[str, int, dict[str, Tensor]]:
+    """The average that training kept, whence and of which step: this one, of the last snapshot; else the stage's end, or the newest."""
     latest = latest_checkpoint(run)
     if latest is None:
         raise UserError(f"{run.path} has no checkpoint yet; train it first")
-    ends = [name for name in checkpoint.names(run.checkpoints) if name.partition("-")[2].partition("-")[2] == stage]
-    path = run.checkpoints / ends[-1] if ends else latest
-    return str(path), checkpoint.load(path).tensors["average"]
+    parts = [(name, *name.split("-", 2)[1:]) for name in checkpoint.names(run.checkpoints)]
+    same = [name for name, number, *_ in parts if number == f"{step:08}"]
+    ends = [name for name, _, *end in parts if end == [stage]]
+    found = checkpoint.load(run.checkpoints / (same or ends or [latest.name])[-1])
+    return str(found.path), found.numbers["progress"]["step"], found.tensors["average"]
 
 
 # --- what is measured ---
@@ -196,12 +199,13 @@ def _against(found: Measured, kept: Measured) -> dict[str, Any]:
 
 # --- words ---
 
-_HEAD = f"{'sigma_rel':>10}  {'value':>9}  {'95 % interval':>17}  {'against training':>16}  {'95 % interval':>19}  {'misfit':>6}"
+_HEAD = f"{'sigma_rel':>10}  {'step':>8}  {'value':>9}  {'95 % interval':>17}  "
+_HEAD += f"{'against training':>16}  {'95 % interval':>19}  {'misfit':>6}"
 
 
-def _line(name: str, point: dict[str, Any]) -> str:
+def _line(name: str, step: int, point: dict[str, Any]) -> str:
     low, high = point["interval"]
-    line = f"{name:>10}  {point['value']:9.5f}  {low:8.5f} {high:8.5f}"
+    line = f"{name:>10}  {step:>8}  {point['value']:9.5f}  {low:8.5f} {high:8.5f}"
     if "difference" in point:
         span = "{:+9.5f} {:+9.5f}".format(*point["difference_interval"]) if point["difference_interval"] else ""
         line += f"  {point['difference']:+16.5f}  {span:>19}  {point['misfit']:6.1%}"
@@ -213,7 +217,9 @@ def _beats(best: dict[str, Any]) -> bool | None:
     return None if best["difference_interval"] is None else best["difference_interval"][1] < 0
 
 
-def _verdict(best: dict[str, Any]) -> str:
+def _verdict(best: dict[str, Any], same_step: bool) -> str:
+    if not same_step:
+        return f"best: sigma_rel {best['sigma_rel']:g}; no checkpoint is of the same step, so whether training kept a better one is open"
     match _beats(best):
         case True:
             how = "better than"
