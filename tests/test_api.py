@@ -15,7 +15,8 @@ PUBLIC = {
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"],
     "maskdm.engine": [
         "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "Ranks", "StageProgress", "Step", "Trainer", "Transfer",
-        "autocast", "environment", "join_ranks", "learning_rate", "make_optimizer", "this_machine", "transfer",
+        "autocast", "available_memory", "environment", "join_ranks", "learning_rate", "make_optimizer", "matrix_ceiling", "peak_memory",
+        "reset_peak_memory", "this_machine", "transfer",
     ],
     "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded"],
     "maskdm.evaluation": [
@@ -29,7 +30,7 @@ PUBLIC = {
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
         "Display", "Diverged", "EvaluateRequest", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest", "compare_reports",
-        "describe_data", "ema_sweep", "evaluate", "parse_lengths", "report_run", "sample_run", "train",
+        "describe_data", "ema_sweep", "evaluate", "parse_lengths", "plan", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

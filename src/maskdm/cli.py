@@ -43,6 +43,21 @@ class Train:
 
 
 @dataclass
+class Plan:
+    """Say what a run would take, before it is begun: a few steps of each stage are measured, and nothing is kept.
+
+    Takes the settings that `maskdm train` takes. Speed, memory, time and cost of each stage, what masking gains on this machine
+    beside the ideal, and advice.
+    """
+
+    data: Data
+    recipe: Annotated[str | None, arg(help="a ready-made configuration: cifar10, digits, emoji")] = None
+    config: Annotated[Path | None, arg(help="YAML file of settings; what it leaves out is chosen")] = None
+    price_per_hour: Annotated[float | None, arg(help="of the machine, in any currency: the cost is worked out")] = None
+    out: Annotated[Path | None, arg(help="JSON file for the figures")] = None
+
+
+@dataclass
 class DataVerb:
     """Say what is in a data set: count, sizes, channels, classes, broken and duplicate files, and what is done to them."""
 
@@ -128,6 +143,7 @@ class Report:
 
 Verb = (
     Annotated[Train, subcommand("train")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[DataVerb, subcommand("data")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
@@ -135,7 +151,7 @@ Verb = (
     | Annotated[Report, subcommand("report")]
 )
 
-TRAIN_OPTIONS = ("--out", "--recipe", "--config")
+TRAIN_OPTIONS = ("--out", "--recipe", "--config", "--price-per-hour", "--price_per_hour")
 TRAIN_FLAGS = ("--dry-run", "--no-dry-run", "--fork", "--no-fork", "--help", "-h")
 
 
@@ -177,12 +193,12 @@ def run_command(arguments: list[str]) -> int:
     if arguments in (["--version"], ["-V"]):
         print(f"maskdm {__version__}")
         return 0
-    is_train = arguments[:1] == ["train"]
-    line = split_settings(arguments) if is_train else CommandLine(arguments)
+    has_settings = arguments[:1] in (["train"], ["plan"])
+    line = split_settings(arguments) if has_settings else CommandLine(arguments)
     try:
         verb = _parse(line.rest)
         if isinstance(verb, int):
-            if verb == 0 and is_train:
+            if verb == 0 and has_settings:
                 print(_settings_help())
             return verb
         return _perform(verb, line.settings, arguments)
@@ -206,7 +222,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | DataVerb | Sample | Evaluate | EmaSweep | Report | int:
+def _parse(arguments: list[str]) -> Train | Plan | DataVerb | Sample | Evaluate | EmaSweep | Report | int:
     """The verb, or an exit code after --help. Raises UserError: tyro's boxed message, as one line."""
     printed = io.StringIO()
     try:
@@ -237,7 +253,9 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
-def _perform(verb: Train | DataVerb | Sample | Evaluate | EmaSweep | Report, settings: list[tuple[str, str]], arguments: list[str]) -> int:
+def _perform(
+    verb: Train | Plan | DataVerb | Sample | Evaluate | EmaSweep | Report, settings: list[tuple[str, str]], arguments: list[str]
+) -> int:
     import logging
     import warnings
 
@@ -251,6 +269,10 @@ def _perform(verb: Train | DataVerb | Sample | Evaluate | EmaSweep | Report, set
     match verb:
         case Train():
             return _train(verb, settings, arguments)
+        case Plan():
+            nowhere = Path(os.devnull).parent / "maskdm-plan"  # no run is there: `plan` writes none
+            request = runs.TrainRequest(verb.data, nowhere, verb.recipe, verb.config, tuple(settings))
+            print(runs.plan(request, verb.price_per_hour, verb.out, runs.Display()))
         case DataVerb():
             print(runs.describe_data(verb.data, verb.image_size, runs.Display()))
         case Sample():

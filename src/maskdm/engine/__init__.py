@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from maskdm.engine.checkpoint import Checkpoint
-from maskdm.engine.hardware import Machine, environment, this_machine
+from maskdm.engine.hardware import Machine, environment, matrix_ceiling, this_machine
+from maskdm.engine.memory import available_memory, peak_memory, reset_peak_memory
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.ranks import Ranks, join_ranks
 from maskdm.engine.trainer import Progress, StageProgress, Step, Trainer, autocast
@@ -21,10 +22,14 @@ __all__ = [
     "Trainer",
     "Transfer",
     "autocast",
+    "available_memory",
     "environment",
     "join_ranks",
     "learning_rate",
     "make_optimizer",
+    "matrix_ceiling",
+    "peak_memory",
+    "reset_peak_memory",
     "this_machine",
     "transfer",
 ]

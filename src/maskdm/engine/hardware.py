@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,6 +66,28 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def matrix_ceiling(device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> float:
+    """FLOP/s of square matrix products in a precision, measured: what the share of the machine's ceiling (MFU) is taken of."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    size, products = (8192, 8) if device.type == "cuda" else (1024, 1)
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(products):
+            a @ b
+        synchronize(device)
+        best = min(best, (time.perf_counter() - started) / products)
+    return 2.0 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def environment(machine: Machine, threads: int) -> dict[str, str | int]:

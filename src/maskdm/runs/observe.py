@@ -14,13 +14,13 @@ from PIL import Image
 from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
 from maskdm.draws import derive
-from maskdm.engine import Step, Trainer, autocast, snapshots
-from maskdm.masking import draw
+from maskdm.engine import Step, Trainer, autocast, matrix_ceiling, peak_memory, reset_peak_memory, snapshots
+from maskdm.masking import draw, num_kept
 from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
-from maskdm.runs.plan import stage_records
+from maskdm.runs.plan import flops, stage_records
 from maskdm.runs.sample import draw_images
 from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
@@ -65,6 +65,9 @@ class Observer:
         self._saved = -1
         self._snapshots = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
+        self._waited = 0.0
+        self._ceiling = 0.0
+        self._pieces = 0
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
 
@@ -95,6 +98,9 @@ class Observer:
             self._snapshots = 0
         self._losses += step.loss
         self._count += 1
+        if step.pieces > max(self._pieces, step.stage.accumulate):
+            self._say_pieces(step)
+        self._pieces = step.pieces
         if step.number % every.log == 0 or step.ends_stage or step.stage_step == 1:
             self._log(step, bar)
         ends = step.ends_stage
@@ -104,13 +110,23 @@ class Observer:
             if not ends and self.watch.gives_up(step):
                 self.trainer.end_stage()
                 ends = True
+            reset_peak_memory(self.trainer.device)  # of training steps alone
         if (every.sample and step.number % every.sample == 0) or ends:
             self._sample(step)
+            reset_peak_memory(self.trainer.device)
         early = ends and not step.ends_stage and self.config.ema.snapshots > 0
         if early or self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
             self._snapshot(step)
         if step.number % every.save == 0 or ends:
             self.save(step, ends)
+
+    def _say_pieces(self, step: Step) -> None:
+        size = -(-step.stage.batch // step.pieces)
+        self.run.log("memory", step.number, stage=step.stage.name, pieces=step.pieces, images=size)
+        self.note(
+            f"memory ran out: stage {step.stage.name} goes on in pieces of {size} images; its batch is {step.stage.batch} as before "
+            f"(--stages.{step.stage.name}.accumulate {step.pieces} begins so)"
+        )
 
     def _due(self, share: float) -> int:
         """Snapshots that this share of a stage's budget asks for."""
@@ -129,15 +145,31 @@ class Observer:
         self._check_finite(step)
         loss = float(self._losses) / self._count
         images, seconds = step.images - self._speed[0], step.seconds - self._speed[1]
-        figures = {"loss": loss, "lr": step.lr, "grad_norm": float(step.grad_norm), "images_per_second": images / max(seconds, 1e-9)}
+        figures = {"loss": loss, "lr": step.lr, "grad_norm": float(step.grad_norm)} | self._speeds(step, images, max(seconds, 1e-9))
         self.run.log(
             "train", step.number, stage=step.stage.name, stage_step=step.stage_step, images=step.images, seconds=step.seconds, **figures
         )
         self.trackers.scalars({f"train/{name}": value for name, value in figures.items()}, step.number)
-        bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures["images_per_second"], loss)
+        bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures)
         self._losses.zero_()
         self._count = 0
         self._speed = (step.images, step.seconds)
+
+    def _speeds(self, step: Step, images: int, seconds: float) -> dict[str, float]:
+        """What `images` in `seconds` come to. The waiting and the peak of memory are those since the last line, too."""
+        waited, self._waited = step.data_seconds - self._waited, step.data_seconds
+        rate = images / seconds
+        if not self._ceiling:
+            self._ceiling = matrix_ceiling(self.trainer.device, self.trainer.precision)
+        found = {
+            "images_per_second": rate,
+            "tokens_per_second": rate * num_kept(step.stage.mask, self.config.grid),
+            "share_of_ceiling": rate * flops(self.config, step.stage.mask, 1) / self._ceiling,
+            "data_wait": waited / seconds,
+            "memory": float(peak_memory(self.trainer.device)),
+        }
+        reset_peak_memory(self.trainer.device)
+        return found
 
     def _check_finite(self, step: Step) -> None:
         for name, value in (("loss", float(step.loss)), ("gradient norm", float(step.grad_norm))):
