@@ -199,17 +199,10 @@ def _against(found: Measured, kept: Measured) -> dict[str, Any]:
 
 # --- words ---
 
-<<<<<<< HEAD
-_HEAD = (
-    f"{'sigma_rel':>10}  {'step':>8}  {'value':>9}  {'95 % interval':>17}  "
-    f"{'against training':>16}  {'95 % interval':>19}  {'misfit':>6}"
-)
-=======
 _HEAD = (
     f"{'sigma_rel':>10}  {'step':>8}  {'value':>9}  {'95 % interval':>17}  "  # of each
     f"{'against training':>16}  {'95 % interval':>19}  {'misfit':>6}"  # of an average made afterwards
 )
->>>>>>> mend-runs
 
 
 def _line(name: str, step: int, point: dict[str, Any]) -> str:
