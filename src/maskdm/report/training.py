@@ -154,7 +154,13 @@ def _sweep(run: Run) -> str:
         unit = ordinary / 100
         line, bars = [(x, y / unit) for x, y, _, _ in known], [(x, low / unit, high / unit) for x, _, low, high in known]
         series = [charts.Series("averages of this length", line, 4, dots=True, bars=bars)]
-        note = f"{said}. Below 0: better than the average that training kept ({number(ordinary)})."
+        kept, here = (count(record, "step") for record in (as_object(run.sweep.get("ordinary")), run.sweep))
+        apart = (
+            f" That one is of step {kept}, these of {here}: training between them may be all of the difference."
+            if kept not in (0, here)
+            else ""
+        )
+        note = f"{said}. Below 0: better than the average that training kept ({number(ordinary)}).{apart}"
         return charts.chart(title, "sigma_rel", "difference, %", series, note=note, logarithmic=False)
     values = [
         (x, y) for x, y in ((finite(point, "sigma_rel"), finite(point, "value")) for point in points) if x is not None and y is not None
