@@ -1,0 +1,1 @@
+"""Timings and measurements, run by hand or by `make bench`; no part of the package."""

@@ -136,14 +136,16 @@ def main() -> None:
         rates = packed_rates(side, batch, machine.device)
         rows.append({"what": "packed", "side": side, "batch": batch} | rates)
         print(
-            f"{side} px, batch {batch}: packed {rates['packed']:.0f} images/s, training eats {rates['training']:.0f}: {rates['packed'] / rates['training']:.0f}x",
+            f"{side} px, batch {batch}: packed {rates['packed']:.0f} images/s, training eats {rates['training']:.0f}:",
+            f"{rates['packed'] / rates['training']:.0f}x",
             flush=True,
         )
     rates = decode_rates(options.images, options.side, options.size)
     rows.append({"what": "first decode", "images": options.images, "side": options.side, "size": options.size} | rates)
     for name, rate in rates.items():
         print(
-            f"first decode of {options.side} px JPEGs to {options.size} px, {name:28} {rate:7.1f} images/s  (maskdm: {rates['maskdm'] / rate:.1f}x)"
+            f"first decode of {options.side} px JPEGs to {options.size} px, {name:28} {rate:7.1f} images/s",
+            f"(maskdm: {rates['maskdm'] / rate:.1f}x)",
         )
     head = {"environment": environment(machine, torch.get_num_threads())}
     write_rows(options.out or results_directory(machine.device) / "data.json", head, rows)

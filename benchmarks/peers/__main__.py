@@ -128,11 +128,13 @@ def main() -> None:
                     fastest[name] = arm
             reference = fastest["maskdm uvit"].images_per_second
             print(
-                f"\n{case}: {shape.side} px, {shape.tokens} tokens, width {shape.width} x {shape.depth}, {hidden:.0%} hidden, batch {arms[0].step.images}"
+                f"\n{case}: {shape.side} px, {shape.tokens} tokens, width {shape.width} x {shape.depth},",
+                f"{hidden:.0%} hidden, batch {arms[0].step.images}",
             )
             for name, arm in fastest.items():
                 print(
-                    f"  {name:16} {arm.images_per_second:9.1f} images/s  {arm.name.rpartition(' ')[2]}  our U-ViT is {reference / arm.images_per_second:.2f}x"
+                    f"  {name:16} {arm.images_per_second:9.1f} images/s  {arm.name.rpartition(' ')[2]} ",
+                    f"our U-ViT is {reference / arm.images_per_second:.2f}x",
                 )
             for arm in arms:
                 row = {"case": case, "hidden": hidden, "arm": arm.name, "batch": arm.step.images, "images_per_s": arm.images_per_second}

@@ -95,7 +95,7 @@ def forecast(resolved: Resolved, dataset: Dataset, price_per_hour: float | None,
     if whole is None:
         masked = config.stages[0]
         share = num_kept(masked.mask, config.grid) / (config.grid[0] * config.grid[1])
-        probe = replace(masked, name="whole images", mask=NoMask(), batch=max(1, round(masked.batch * share)), accumulate=1)
+        probe = replace(masked, name="whole-images", mask=NoMask(), batch=max(1, round(masked.batch * share)), accumulate=1)
         whole = _measure(config, probe, dataset, machine, display)
     ceiling = matrix_ceiling(machine.device, machine.precision)
     stages = tuple(_stage(config, stage, found, whole, ceiling) for stage, found in zip(config.stages, measured, strict=True))
@@ -115,7 +115,7 @@ def forecast(resolved: Resolved, dataset: Dataset, price_per_hour: float | None,
         memory_available=free,
         disk=_disk(config, parameters) + dataset.images.nbytes,
         cost=None if price_per_hour is None else (seconds + other) / 3600 * price_per_hour,
-        advice=_advice(config, dataset, stages),
+        advice=advise(config, len(dataset), stages),
     )
 
 
@@ -141,20 +141,19 @@ def _measure(config: Config, stage: Stage, dataset: Dataset, machine: Machine, d
     trainer.progress.stages[0].pieces = pieces
     steps = trainer.run()
     for _ in range(WARM):
-        last = next(steps)
+        next(steps)
     reset_peak_memory(machine.device)
     times: list[float] = []
     began = time.perf_counter()
     before = trainer.progress.seconds
     while len(times) < 3 or (len(times) < STEPS and time.perf_counter() - began < SECONDS):
-        last = next(steps)
-        float(last.loss)  # a GPU's work is done when its result is here
+        float(next(steps).loss)  # a GPU's work is done when its result is here
         times.append(trainer.progress.seconds - before)
         before = trainer.progress.seconds
-    memory = peak_memory(machine.device)
+    memory, pieces = peak_memory(machine.device), trainer.progress.stages[0].pieces
     del trainer, steps
     _forget(machine)
-    return _Measured(statistics.median(times), memory, last.pieces, stage.batch)
+    return _Measured(statistics.median(times), memory, pieces, stage.batch)
 
 
 def _pieces_that_fit(config: Config, stage: Stage, dataset: Dataset, machine: Machine) -> int:
@@ -251,19 +250,19 @@ def _disk(config: Config, parameters: int) -> int:
     return checkpoints + len(config.stages) * ema.snapshots * len(ema.sigma_rel) * 2 * parameters + 2 * 4 * parameters
 
 
-def _advice(config: Config, dataset: Dataset, stages: tuple[StageForecast, ...]) -> tuple[str, ...]:
+def advise(config: Config, images: int, stages: tuple[StageForecast, ...]) -> tuple[str, ...]:
     """What to do, and why: rules from docs/experiments.md and docs/performance.md, with this run's figures."""
     tokens, lines = config.grid[0] * config.grid[1], list[str]()
     masked = [stage for stage in stages if stage.speedup is not None]
     if not masked:
-        if tokens >= SOME_TOKENS and len(dataset) >= FEW_IMAGES:
+        if tokens >= SOME_TOKENS and images >= FEW_IMAGES:
             lines.append(f"masking could pay here: {tokens} patches; begin with a stage of --mask patch --mask.ratio {_ratio(tokens)}")
         return (*lines, *_pieces_advice(stages))
     reasons: list[str] = []
     if tokens < FEW_TOKENS:
         reasons.append(f"an image has only {tokens} patches, below {FEW_TOKENS} whole images have learnt as fast at equal time")
-    if len(dataset) < FEW_IMAGES:
-        reasons.append(f"{len(dataset)} images are few: a model learns them by heart before its steps get scarce")
+    if images < FEW_IMAGES:
+        reasons.append(f"{images} images are few: a model learns them by heart before its steps get scarce")
     slow = min(stage.speedup or 0.0 for stage in masked)
     if slow < LEAST_SPEEDUP:
         reasons.append(f"a masked step here is only {slow:.2f}x faster")
@@ -272,12 +271,10 @@ def _advice(config: Config, dataset: Dataset, stages: tuple[StageForecast, ...])
         lines.append(f"masking will not pay here: {'; '.join(reasons)}. Train on whole images alone (--mask none){finer}")
     for stage in masked:
         share = (stage.speedup or 0.0) / (stage.ideal_speedup or 1.0)
-        fuller = round(stage.batch * share) if share < 1 else stage.batch
         if not reasons and share < 0.9:
-            grown = _round_up(round(stage.batch / max(share, 0.25)))
             lines.append(
-                f"stage {stage.name} reaches {share:.0%} of its ideal speed-up: its {stage.batch} images of {stage.kept} patches do not fill "
-                f"the machine; try --stages.{stage.name}.batch {max(grown, fuller)}"
+                f"stage {stage.name} reaches {share:.0%} of its ideal speed-up: {stage.batch} images of {stage.kept} patches do not fill "
+                f"the machine; try --stages.{stage.name}.batch {_round_up(round(stage.batch / max(share, 0.25)))}"
             )
     if not reasons:
         ratio = _ratio(tokens)
@@ -312,13 +309,10 @@ def describe(found: Forecast) -> str:
     ]
     for stage in found.stages:
         pieces = f" in {stage.pieces} pieces" if stage.pieces > 1 else ""
-        speed = (
-            ""
-            if stage.speedup is None
-            else (
-                f", {stage.speedup:.2f}x the images of whole ones ({stage.speedup / (stage.ideal_speedup or 1):.0%} of the ideal {stage.ideal_speedup:.2f}x)"
-            )
-        )
+        speed = ""
+        if stage.speedup is not None and stage.ideal_speedup is not None:
+            share = stage.speedup / stage.ideal_speedup
+            speed = f", {stage.speedup:.2f}x the images of whole ones ({share:.0%} of the ideal {stage.ideal_speedup:.2f}x)"
         lines.append(
             f"stage {stage.name}: mask {stage.mask}, batch {stage.batch}{pieces}: {1 / stage.step_seconds:.3g} steps/s, "
             f"{stage.images_per_second:.0f} images/s, {stage.share_of_ceiling:.0%} of the machine's ceiling{speed}"
