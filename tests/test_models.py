@@ -8,7 +8,7 @@ import torch
 import maskdm
 from maskdm.config import SHORTHANDS, Data, UViTConfig
 from maskdm.models import Denoiser, DiT, UViT, build, patchify, unpatchify
-from maskdm.models.layers import MOST_SCORES, RotaryPositions, attend, rotate
+from maskdm.models.layers import MOST_SCORES, RMSNorm, RotaryPositions, attend, rotate
 
 
 def make(kind: type[UViT] | type[DiT], size: int | tuple[int, int] = 8, classes: int = 10) -> Denoiser:
@@ -136,6 +136,21 @@ def test_the_gradient_of_a_rotation() -> None:
     turn = RotaryPositions(8, (3, 3))(torch.tensor([[0, 2, 4, 8], [1, 3, 5, 7]]))
     x = torch.randn(2, 3, 4, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: rotate(x, turn), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_root_mean_square_is_torchs_and_so_is_its_gradient(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    mine, theirs = ((3 * torch.randn(4, 6, 32, dtype=dtype)).requires_grad_() for _ in range(2))
+    theirs.data.copy_(mine.data)
+    got, expected = RMSNorm(32)(mine), torch.nn.functional.rms_norm(theirs.float(), (32,), None, 1e-6)
+    loose = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(got.float(), expected, **loose)
+    weight = torch.randn(4, 6, 32)
+    (got.float() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert mine.grad is not None and theirs.grad is not None
+    torch.testing.assert_close(mine.grad.float(), theirs.grad.float(), **loose)
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 63, 64, 130, MOST_SCORES + 1])

@@ -62,7 +62,7 @@ class UViTConfig:
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """A modern transformer: adaLN-zero, 2-D rotary positions, QK-norm, SwiGLU (arXiv 2212.09748 and later)."""
+    """A modern transformer: adaLN-zero, RMSNorm, 2-D rotary positions, QK-norm, SwiGLU (arXiv 2212.09748 and later)."""
 
     kind: ClassVar[str] = "dit"
     width: Annotated[int, "features per token"] = 384

@@ -1,4 +1,4 @@
-"""A modern diffusion transformer: adaLN-zero (arXiv 2212.09748), 2-D RoPE, QK-norm, SwiGLU."""
+"""A modern diffusion transformer: adaLN-zero (arXiv 2212.09748), RMSNorm, 2-D RoPE, QK-norm, SwiGLU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from maskdm.models.denoiser import Denoiser, SampleSize
-from maskdm.models.layers import Attention, Norm, Patches, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal
+from maskdm.models.layers import Attention, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal
 
 
 def _modulate(x: Tokens, scale: Tensor, shift: Tensor) -> Tokens:
@@ -20,9 +20,9 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = Norm(width, eps=1e-6, elementwise_affine=False)
+        self.norm1 = RMSNorm(width)
         self.attention = Attention(width, heads, qkv_bias=False, normalize=True)
-        self.norm2 = Norm(width, eps=1e-6, elementwise_affine=False)
+        self.norm2 = RMSNorm(width)
         hidden = -(-int(width * mlp_ratio * 2 / 3) // 32) * 32  # three matrices at 2/3 the width weigh what two do; tiles like 32
         self.mlp = SwiGLU(width, hidden)
         self.modulation = nn.Linear(width, 6 * width)
@@ -64,7 +64,7 @@ class DiT(Denoiser):
         self.register_buffer("positions", _absolute_positions(self.grid, width), persistent=False)
         self.rotary = RotaryPositions(width // heads, self.grid)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
-        self.norm = Norm(width, eps=1e-6, elementwise_affine=False)
+        self.norm = RMSNorm(width)
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, features)
         self._initialize()

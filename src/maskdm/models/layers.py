@@ -99,6 +99,40 @@ class Norm(nn.LayerNorm):
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
+class _RootMeanSquare(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) in two passes over x and its gradient in four, where torch's for a CPU takes a dozen, in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1])
+        scale = mean.add_(eps).rsqrt_().to(x.dtype)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(dim=-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale), None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation without a weight (arXiv 1910.07467), in the precision of its input; the squares are summed in fp32."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Over the last dimension."""
+        with torch.autocast(x.device.type, enabled=False):
+            if x.device.type == "cpu":
+                return _RootMeanSquare.apply(x, self.eps)  # pyright: ignore[reportUnknownMemberType, reportReturnType]
+            return F.rms_norm(x, (self.width,), None, self.eps)
+
+
 MOST_SCORES = 2048
 """Tokens up to which all scores of a sequence are kept: 8 MiB a head."""
 
