@@ -172,8 +172,9 @@ def test_other_errors_are_not_taken_for_memory(dataset: Dataset, monkeypatch: py
 
 def test_recomputing_activations_and_bf16_train_too(dataset: Dataset) -> None:
     plain = [float(s.loss) for s in trainer(config(), dataset).run()]
-    recompute = replace(config(), hardware=Hardware(checkpoint_activations=True))
-    assert [float(s.loss) for s in trainer(recompute, dataset).run()] == plain
+    for what in ("selective", "all"):
+        recompute = replace(config(), hardware=Hardware(checkpoint_activations=what))
+        assert [float(s.loss) for s in trainer(recompute, dataset).run()] == plain
     half = trainer(config(), dataset)
     half.precision = "bf16"
     losses = [float(s.loss) for s in half.run()]

@@ -243,6 +243,6 @@ def test_hardware(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with Image.open(next(directory.samples.iterdir())) as picture:
         assert picture.width == picture.height == 3 * 66 + 2  # nine images
     dataset = prepare(open_source(str(folder)), base(folder).data, tmp_path / "cache", None)
-    config = override(base(folder), [("hardware.compile", "true"), ("hardware.checkpoint_activations", "true")])
+    config = override(base(folder), [("hardware.compile", "true"), ("hardware.checkpoint_activations", "selective")])
     trainer = Trainer(config, Loader(dataset, dataset.split(0.25, 0)[0], 0), build(config.model, config.data, 2), CPU, "fp32")
     assert trainer.network is not trainer.model and trainer.model.gradient_checkpointing

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskdm
 from maskdm.config import SHORTHANDS, Data, UViTConfig
@@ -98,13 +100,36 @@ def test_recomputing_activations_changes_no_gradient(kind: type[UViT] | type[DiT
     model = make(kind).train()
     x = torch.randn(2, 1, 8, 8)
     gradients: list[torch.Tensor] = []
-    for recompute in (False, True):
-        if recompute:
-            model.enable_gradient_checkpointing()
+    for recompute in ("none", "selective", "all"):
+        model.recompute(recompute)
         model.zero_grad()
         model(x, 300).sample.square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
+@both
+def test_recomputing_all_repeats_the_products_and_selective_only_the_rest(kind: type[UViT] | type[DiT]) -> None:
+    model, inputs = make(kind).train(), torch.randn(2, 1, 8, 8)
+
+    def run(what: Literal["none", "selective", "all"]) -> tuple[int, int]:
+        """Matrix products, and other operations, of both passes."""
+        model.recompute(what)
+        ran: list[str] = []
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                ran.append(func.overloadpacket.__name__)
+                return func(*args, **(kwargs or {}))
+
+        with Count():
+            model(inputs, 300).sample.square().mean().backward()
+        products = [name for name in ran if name in ("mm", "addmm", "bmm")]
+        return len(products), len(ran) - len(products)
+
+    none, selective, everything = run("none"), run("selective"), run("all")
+    assert none[0] == selective[0] < everything[0]
+    assert none[1] < selective[1]
 
 
 @both

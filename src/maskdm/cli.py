@@ -23,6 +23,7 @@ Data = Annotated[
     Positional[str], arg(metavar="DATA", help="folder of images, parquet file, data set folder, .npz/.npy array, or digits / emoji")
 ]
 WeightsName = Literal["raw", "ema", "best"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="directory of a run of `maskdm train`")]
 
 
@@ -78,7 +79,9 @@ class Sample:
     guidance: Annotated[float | None, arg(help="classifier-free guidance scale, 1 for none; the run's setting if left out")] = None
     seed: Annotated[int, arg(help="seed of the noise")] = 0
     labels: Annotated[tuple[str, ...], arg(help="classes to draw, by name or number, in turn; all if left out")] = ()
-    batch: Annotated[int, arg(help="images computed at a time")] = 64
+    batch: Annotated[int | None, arg(help="images computed at a time; fitted to the network and the device if left out")] = None
+    precision: Annotated[PrecisionName, arg(help="arithmetic of the network; auto is bf16 where the machine has it")] = "auto"
+    compile: Annotated[bool, arg(help="compile the network first: a slow start that many images make up for")] = False
     weights: Annotated[WeightsName, arg(help="as trained, averaged, or averaged at the best evaluation")] = "ema"
     ema: Annotated[float | None, arg(help="length (sigma_rel) of the weights' average, from the snapshots; as trained if left out")] = None
 
@@ -112,6 +115,7 @@ class Evaluate:
     eta: Annotated[float | None, arg(help="noise added back by ddim, 0 to 1; the run's setting if left out")] = None
     guidance: Annotated[float | None, arg(help="classifier-free guidance scale, 1 for none; the run's setting if left out")] = None
     seed: Annotated[int, arg(help="seed of the samples' noise")] = 0
+    precision: Annotated[PrecisionName, arg(help="arithmetic of the network; auto is bf16 where the machine has it")] = "auto"
 
 
 @dataclass
@@ -294,12 +298,10 @@ def _perform(
 def _evaluate(verb: Evaluate) -> str:
     from maskdm import runs
 
+    of_a_run = ("num", "steps", "scheduler", "eta", "guidance", "seed", "precision", "weights", "ema")
     sampling = None
     if verb.run is not None:
-        sampling = runs.SampleRequest(
-            verb.run, verb.run, verb.num, verb.steps, verb.scheduler, verb.eta, verb.guidance, verb.seed, weights=verb.weights, ema=verb.ema
-        )
-    of_a_run = ("num", "steps", "scheduler", "eta", "guidance", "seed", "weights", "ema")
+        sampling = runs.SampleRequest(verb.run, verb.run, **{name: getattr(verb, name) for name in of_a_run})
     wrong = [name for name in of_a_run if vars(verb)[name] != vars(Evaluate())[name]] if sampling is None else []
     if verb.images is not None and wrong:
         raise UserError(f"--{wrong[0]} says how a run is sampled; leave it out with --images")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from maskdm.engine.checkpoint import Checkpoint
-from maskdm.engine.hardware import Machine, environment, matrix_ceiling, this_machine
+from maskdm.engine.hardware import Machine, environment, matrix_ceiling, out_of_memory, this_machine
 from maskdm.engine.memory import available_memory, peak_memory, reset_peak_memory
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.ranks import Ranks, join_ranks
-from maskdm.engine.trainer import Progress, StageProgress, Step, Trainer, autocast
+from maskdm.engine.trainer import Precision, Progress, StageProgress, Step, Trainer, autocast
 from maskdm.engine.weights import Transfer, transfer
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "Machine",
     "PowerAverages",
+    "Precision",
     "Progress",
     "Ranks",
     "StageProgress",
@@ -28,6 +29,7 @@ __all__ = [
     "learning_rate",
     "make_optimizer",
     "matrix_ceiling",
+    "out_of_memory",
     "peak_memory",
     "reset_peak_memory",
     "this_machine",

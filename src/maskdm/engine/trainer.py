@@ -101,8 +101,7 @@ class Trainer:
         self.model = model
         self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
         self.model.train()
-        if config.hardware.checkpoint_activations:
-            self.model.enable_gradient_checkpointing()
+        self.model.recompute(config.hardware.checkpoint_activations)
         self.network: Any = torch.compile(self.model) if config.hardware.compile else self.model
         self.average = Average(self.model, config.ema)
         self.powers = PowerAverages(self.model, config.ema.sigma_rel if config.ema.snapshots else ())

@@ -34,17 +34,29 @@ class Display:
     @contextmanager
     def counting(self, what: str) -> Generator[Callable[[int, int], None], None, None]:
         """A bar for work of known length: the function given is called with (done, total)."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
-            bar = bars.add_task(what, total=None)
-            said = time.monotonic()
+            bar = bars.add_task(what, total=None, rate="")
+            began = said = time.monotonic()
+            first: int | None = None  # what resumed work had done before is not its speed
 
             def update(done: int, total: int) -> None:
-                nonlocal said
-                bars.update(bar, completed=done, total=total)
-                if not self.console.is_terminal and time.monotonic() - said > LINE_SECONDS:
-                    said = time.monotonic()
-                    self.note(f"{what}: {done} of {total}")
+                nonlocal began, said, first
+                now = time.monotonic()
+                if first is None:
+                    first, began = done, now
+                rate = f"{(done - first) / (now - began):.3g}/s" if done > first else ""
+                bars.update(bar, completed=done, total=total, rate=rate)
+                if not self.console.is_terminal and now - said > LINE_SECONDS:
+                    said = now
+                    self.note(f"{what}: {done} of {total}{rate and f', {rate}'}")
 
             yield update
 

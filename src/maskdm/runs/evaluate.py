@@ -88,7 +88,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     training, heldout = sets_of(config, dataset)
     if heldout is None:
         display.note(f"fewer than {LEAST_HELDOUT} held-out images: no figure of new real images to compare with; see --heldout of train")
-    machine = this_machine(Hardware())
+    machine = this_machine(Hardware(precision=sampled.precision))
     settings = sampling_settings(config, sampled)
     labels = natural_labels(config, dataset, training.rows, sampled.num)
     samples = _draw(pipeline, settings, sampled, labels, machine, ranks, display)
@@ -107,6 +107,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
         "data": info["data"]["name"],
         "data_hash": dataset.content_hash,
         "device": str(machine.device),
+        "precision": machine.precision,
     }
     denoising = None
     if heldout is not None and ranks.first:
@@ -149,6 +150,7 @@ def _draw(
         request.seed,
         request.num,
         machine.device.type,
+        machine.precision,
         CLASSES,
     ]
     key = hashlib.sha256(json.dumps([state_hash(pipeline.unet.state_dict()), *how, labels]).encode()).hexdigest()[:32]
@@ -157,7 +159,7 @@ def _draw(
 
     def make(rows: slice) -> NDArray[np.uint8]:
         wanted = None if labels is None else labels[rows]
-        return draw_images(pipeline, settings, range(rows.start, rows.stop), wanted, request.seed).transpose(0, 2, 3, 1)
+        return draw_images(pipeline, settings, range(rows.start, rows.stop), wanted, request.seed, machine.precision).transpose(0, 2, 3, 1)
 
     shape = (request.num, *pipeline.unet.size, pipeline.unet.config["in_channels"])
     with display.counting(f"drawing {request.num} samples") as progress:

@@ -212,8 +212,7 @@ class Observer:
 
     def _draw(self, num: int, labels: list[int] | None) -> NDArray[np.uint8]:
         pipeline = make_pipeline(self.trainer.average.model, self.config, self.classes)
-        with autocast(self.trainer.device, self.trainer.precision):
-            return draw_images(pipeline, self.config.sampling, range(num), labels, self.config.seed)
+        return draw_images(pipeline, self.config.sampling, range(num), labels, self.config.seed, self.trainer.precision)
 
     # --- the end ---
 
