@@ -17,6 +17,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
 import torch
 from torch import Tensor
 
+from maskdm.engine import keep_freed_memory
+
+keep_freed_memory()  # as `maskdm train` does
+
 RESULTS = Path(__file__).parent / "results"
 
 

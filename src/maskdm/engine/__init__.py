@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maskdm.engine.checkpoint import Checkpoint
-from maskdm.engine.hardware import Machine, environment, matrix_ceiling, out_of_memory, this_machine
+from maskdm.engine.hardware import Machine, environment, keep_freed_memory, matrix_ceiling, out_of_memory, this_machine
 from maskdm.engine.memory import available_memory, peak_memory, reset_peak_memory
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.ranks import Ranks, join_ranks
@@ -26,6 +26,7 @@ __all__ = [
     "available_memory",
     "environment",
     "join_ranks",
+    "keep_freed_memory",
     "learning_rate",
     "make_optimizer",
     "matrix_ceiling",

@@ -21,7 +21,7 @@ import maskdm
 from maskdm.config import Config
 from maskdm.data import Dataset, Loader, prepare
 from maskdm.draws import derive
-from maskdm.engine import Trainer, Transfer, checkpoint, environment, snapshots, transfer
+from maskdm.engine import Trainer, Transfer, checkpoint, environment, keep_freed_memory, snapshots, transfer
 from maskdm.errors import UserError
 from maskdm.models import Denoiser, build
 from maskdm.report import write_report
@@ -88,6 +88,7 @@ def _results(run: RunDirectory) -> str:
 
 def set_up_torch(config: Config, resolved: Resolved) -> None:
     """Threads, precision and the seed of the weights."""
+    keep_freed_memory()
     torch.set_num_threads(config.hardware.threads or resolved.machine.cores)
     torch.set_float32_matmul_precision("high" if resolved.machine.device.type == "cuda" else "highest")
     torch.manual_seed(derive("weights", config.seed))
