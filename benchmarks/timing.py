@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
 
 import torch
 from torch import Tensor
