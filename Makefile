@@ -7,7 +7,7 @@ QUICKSTART ?= runs/quickstart
 MINUTES ?=
 SHORT := $(if $(MINUTES),--pretrain.budget.minutes $(MINUTES) --finetune.budget.minutes $(MINUTES))
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow check bench format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/maskdm train digits --recipe digits --out $(QUICKSTART) $(SHORT)
@@ -24,6 +24,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest tests/test_layers.py
+
+# the short form; `python -m benchmarks.steps --full` and the other files of benchmarks/ for more
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.steps
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

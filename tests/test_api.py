@@ -9,13 +9,15 @@ import pytest
 PUBLIC = {
     "maskdm": ["DiT", "MaskDMPipeline", "UViT", "__version__"],
     "maskdm.data": [
-        "Batch", "BrokenImage", "Dataset", "Loader", "Source", "Summary", "decode", "duplicates", "flip", "inspect",
+        "Batch", "BrokenImage", "Dataset", "Feed", "Loader", "Source", "Summary", "decode", "duplicates", "flip", "inspect",
         "open_source", "prepare", "to_model_range", "to_uint8",
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"],
     "maskdm.engine": [
-        "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "Ranks", "StageProgress", "Step", "Trainer", "Transfer",
-        "autocast", "environment", "join_ranks", "learning_rate", "make_optimizer", "this_machine", "transfer",
+        "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "Ranks", "Precision", "StageProgress", "Step", "Trainer",
+        "Transfer", "autocast", "available_memory", "environment", "give_back_freed_memory", "join_ranks", "keep_freed_memory",
+        "learning_rate", "make_optimizer", "matrix_ceiling", "more_pieces", "out_of_memory", "peak_memory", "reset_peak_memory",
+        "this_machine", "transfer",
     ],
     "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded"],
     "maskdm.evaluation": [
@@ -29,7 +31,7 @@ PUBLIC = {
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
         "Display", "Diverged", "EvaluateRequest", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest", "compare_reports",
-        "describe_data", "ema_sweep", "evaluate", "parse_lengths", "report_run", "sample_run", "train",
+        "describe_data", "ema_sweep", "evaluate", "parse_lengths", "plan", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from data_helpers import digit, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskdm.data import Dataset, Loader, flip, open_source, prepare, to_model_range, to_uint8
+from maskdm.data import Dataset, Feed, Loader, flip, open_source, prepare, to_model_range, to_uint8
 from maskdm.errors import UserError
 
 
@@ -102,3 +102,22 @@ def test_flip_mirrors_the_masked_images_alone(data: Dataset) -> None:
     assert torch.equal(flipped[0], images[0].flip(2))
     assert not torch.equal(flipped[0], images[0])
     assert torch.equal(flipped[1], images[1])
+
+
+@pytest.mark.parametrize("way", ["read", "kept", "ahead"])
+def test_a_feed_gives_the_loaders_batches(data: Dataset, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ways of a GPU too, as far as a CPU goes: kept on the device, and read ahead by a thread."""
+    loader = Loader(data, np.arange(100, dtype=np.int64), seed=0)
+    feed = Feed(loader, torch.device("cpu"))
+    if way == "kept":
+        feed.keep()
+        monkeypatch.setattr(loader, "batch", None)  # nothing is read any more
+    elif way == "ahead":
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+        feed.read_ahead()
+    other = Loader(data, np.arange(100, dtype=np.int64), seed=0)
+    for position, count in ((0, 7), (7, 7), (14, 3), (90, 20), (5, 1)):  # in order, another size, over the end of an epoch, and back
+        got, expected = feed.batch(position, count), other.batch(position, count)
+        assert torch.equal(got.images, expected.images) and torch.equal(got.rows, expected.rows)
+        assert got.labels is not None and expected.labels is not None and torch.equal(got.labels, expected.labels)
+    assert feed.seconds > 0

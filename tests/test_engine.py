@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskdm.config import Budget, Config, DiTConfig, Ema, Hardware, Model, Optimizer, PatchMask, Stage, UViTConfig
 from maskdm.data import Dataset, Loader, open_source, prepare
-from maskdm.engine import Average, Trainer, checkpoint, learning_rate, make_optimizer, transfer
+from maskdm.engine import Average, Trainer, checkpoint, learning_rate, make_optimizer, more_pieces, transfer
 from maskdm.errors import UserError
 from maskdm.models import DiT, UViT, build
 from maskdm.recipes import recipe
@@ -128,10 +128,70 @@ def test_a_batch_in_pieces_is_the_batch_at_once(dataset: Dataset) -> None:
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_halves_the_pieces_and_changes_no_step(
+    error: Exception, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(config(), stages=tuple(replace(stage, accumulate=1) for stage in config().stages))
+    pieces = (4, 4)  # of 12 and of 8 images
+    in_pieces = replace(config(), stages=tuple(replace(s, accumulate=n) for s, n in zip(config().stages, pieces, strict=True)))
+    expected = trainer(in_pieces, dataset)
+    list(expected.run())
+    cramped = trainer(asked, dataset)
+    plain, calls = UViT.denoise, 0
+
+    def denoise(self: UViT, patches: Tensor, *rest: Any) -> Tensor:
+        """Memory lasts for a first piece of six, so that the failure leaves gradients behind, but for no second one."""
+        nonlocal calls
+        calls += 1
+        if len(patches) > 6 or (len(patches) > 3 and calls % 2):
+            raise error
+        return plain(self, patches, *rest)
+
+    monkeypatch.setattr(UViT, "denoise", denoise)
+    assert [step.pieces for step in cramped.run()] == [4] * 5 + [4] * 4
+    assert all(torch.equal(flat(expected.tensors())[name], value) for name, value in flat(cramped.tensors()).items())
+
+
+def test_pieces_are_of_equal_size() -> None:
+    assert [more_pieces(12, n) for n in (1, 2, 3, 4, 6, 12)] == [2, 4, 6, 12, 12, 12]
+    assert [more_pieces(100, n) for n in (1, 2, 4)] == [2, 4, 10] and more_pieces(7, 1) == 7 and more_pieces(1, 1) == 1
+
+
+def test_another_accumulate_holds_from_where_a_run_goes_on(dataset: Dataset) -> None:
+    first = trainer(config(), dataset)
+    steps(first.run(), 2)
+    asked = replace(config(), stages=tuple(replace(stage, accumulate=4) for stage in config().stages))
+    second = trainer(asked, dataset)
+    second.restore(first.tensors(), first.numbers())
+    assert next(second.run()).pieces == 4
+
+
+def test_memory_too_small_for_one_image_is_an_error(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denoise(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(UViT, "denoise", denoise)
+    with pytest.raises(torch.OutOfMemoryError):
+        next(trainer(config(), dataset).run())
+
+
+def test_other_errors_are_not_taken_for_memory(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denoise(*_: Any) -> Tensor:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(UViT, "denoise", denoise)
+    with pytest.raises(RuntimeError, match="shapes"):
+        next(trainer(config(), dataset).run())
+
+
 def test_recomputing_activations_and_bf16_train_too(dataset: Dataset) -> None:
     plain = [float(s.loss) for s in trainer(config(), dataset).run()]
-    recompute = replace(config(), hardware=Hardware(checkpoint_activations=True))
-    assert [float(s.loss) for s in trainer(recompute, dataset).run()] == plain
+    for what in ("selective", "all"):
+        recompute = replace(config(), hardware=Hardware(checkpoint_activations=what))
+        assert [float(s.loss) for s in trainer(recompute, dataset).run()] == plain
     half = trainer(config(), dataset)
     half.precision = "bf16"
     losses = [float(s.loss) for s in half.run()]

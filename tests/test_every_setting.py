@@ -146,9 +146,8 @@ def effects(config: Config, cache: Path) -> str:
         for name in sorted(group):
             digest.update(name.encode() + str(group[name].shape).encode() + group[name].numpy().tobytes())
     names = list(dataset.class_names) if config.data.conditional else []
-    drawn = draw_images(
-        make_pipeline(trainer.average.model, config, names), config.sampling, range(2), [0, 1] if names else None, config.seed
-    )
+    pipeline = make_pipeline(trainer.average.model, config, names)
+    drawn = draw_images(pipeline, config.sampling, range(2), [0, 1] if names else None, config.seed, "fp32")
     return digest.hexdigest() + hashlib.sha256(drawn.tobytes()).hexdigest()
 
 
@@ -243,6 +242,6 @@ def test_hardware(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with Image.open(next(directory.samples.iterdir())) as picture:
         assert picture.width == picture.height == 3 * 66 + 2  # nine images
     dataset = prepare(open_source(str(folder)), base(folder).data, tmp_path / "cache", None)
-    config = override(base(folder), [("hardware.compile", "true"), ("hardware.checkpoint_activations", "true")])
+    config = override(base(folder), [("hardware.compile", "true"), ("hardware.checkpoint_activations", "selective")])
     trainer = Trainer(config, Loader(dataset, dataset.split(0.25, 0)[0], 0), build(config.model, config.data, 2), CPU, "fp32")
     assert trainer.network is not trainer.model and trainer.model.gradient_checkpointing

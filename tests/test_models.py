@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskdm
 from maskdm.config import SHORTHANDS, Data, UViTConfig
-from maskdm.models import Denoiser, DiT, UViT, build, patchify, unpatchify
-from maskdm.models.layers import RotaryPositions, rotate
+from maskdm.models import Denoiser, DiT, UViT, build, layers, patchify, unpatchify
+from maskdm.models.layers import RMSNorm, RotaryPositions, attend, rotate
 
 
 def make(kind: type[UViT] | type[DiT], size: int | tuple[int, int] = 8, classes: int = 10) -> Denoiser:
@@ -98,13 +100,36 @@ def test_recomputing_activations_changes_no_gradient(kind: type[UViT] | type[DiT
     model = make(kind).train()
     x = torch.randn(2, 1, 8, 8)
     gradients: list[torch.Tensor] = []
-    for recompute in (False, True):
-        if recompute:
-            model.enable_gradient_checkpointing()
+    for recompute in ("off", "selective", "all"):
+        model.recompute(recompute)
         model.zero_grad()
         model(x, 300).sample.square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
+@both
+def test_recomputing_all_repeats_the_products_and_selective_only_the_rest(kind: type[UViT] | type[DiT]) -> None:
+    model, inputs = make(kind).train(), torch.randn(2, 1, 8, 8)
+
+    def run(what: Literal["off", "selective", "all"]) -> tuple[int, int]:
+        """Matrix products, and other operations, of both passes."""
+        model.recompute(what)
+        ran: list[str] = []
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                ran.append(func.overloadpacket.__name__)
+                return func(*args, **(kwargs or {}))
+
+        with Count():
+            model(inputs, 300).sample.square().mean().backward()
+        products = [name for name in ran if name in ("mm", "addmm", "bmm")]
+        return len(products), len(ran) - len(products)
+
+    none, selective, everything = run("off"), run("selective"), run("all")
+    assert none[0] == selective[0] < everything[0]
+    assert none[1] < selective[1]
 
 
 @both
@@ -130,6 +155,59 @@ def test_rotation_keeps_length_and_depends_on_distance_alone() -> None:
 
     assert score(0, 5) == pytest.approx(score(5, 10), abs=1e-5)  # one down and one across, both times
     assert score(0, 5) != pytest.approx(score(0, 1), abs=1e-4)
+
+
+def test_the_gradient_of_a_rotation() -> None:
+    turn = RotaryPositions(8, (3, 3))(torch.tensor([[0, 2, 4, 8], [1, 3, 5, 7]]))
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, turn), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_root_mean_square_is_torchs_and_so_is_its_gradient(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    mine, theirs = ((3 * torch.randn(4, 6, 32, dtype=dtype)).requires_grad_() for _ in range(2))
+    theirs.data.copy_(mine.data)
+    got, expected = RMSNorm(32)(mine), torch.nn.functional.rms_norm(theirs.float(), (32,), None, 1e-6)
+    loose = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(got.float(), expected, **loose)
+    weight = torch.randn(4, 6, 32)
+    (got.float() * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert mine.grad is not None and theirs.grad is not None
+    torch.testing.assert_close(mine.grad.float(), theirs.grad.float(), **loose)
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(1, None), (17, None), (63, None), (64, None), (130, None), (130, 6 * 130**2 - 1)])
+def test_attention_in_bf16_is_the_exact_one_and_so_is_its_gradient(tokens: int, most: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if most is not None:  # too many scores to keep
+        monkeypatch.setattr(layers, "MOST_SCORES", most)
+        monkeypatch.setattr(torch.Tensor, "softmax", lambda *_, **__: pytest.fail("kept all scores"))
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, tokens, 16, requires_grad=True) for _ in range(3)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    expected, got = torch.nn.functional.scaled_dot_product_attention(*exact), attend(*rounded)
+    assert got.dtype == torch.bfloat16 and got.shape == expected.shape
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.02)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (got * weight).sum().backward()
+    for mine, theirs in zip(rounded, exact, strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        difference = (mine.grad.float() - theirs.grad).square().mean().sqrt() / theirs.grad.square().mean().sqrt().clamp(min=1e-6)
+        assert difference < 0.02 or theirs.grad.abs().max() < 1e-5  # of one token, queries and keys have no gradient
+
+
+@both
+@pytest.mark.parametrize("keep", [16, 5])
+def test_half_precision_stays_near_the_full_one(kind: type[UViT] | type[DiT], keep: int) -> None:
+    model, x, kept = make(kind), torch.randn(4, keep, 4), torch.arange(16).expand(4, -1)[:, :keep]
+    arguments = torch.tensor([3.0, 200.0, 500.0, 999.0]), torch.arange(4), kept
+    with torch.no_grad():
+        exact = model(x, *arguments).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(x, *arguments).sample
+    assert (rounded.float() - exact).square().mean().sqrt() < 0.02 * exact.std()
 
 
 def test_the_classes_of_a_saved_pipeline_are_found() -> None:

@@ -23,6 +23,7 @@ Data = Annotated[
     Positional[str], arg(metavar="DATA", help="folder of images, parquet file, data set folder, .npz/.npy array, or digits / emoji")
 ]
 WeightsName = Literal["raw", "ema", "best"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="directory of a run of `maskdm train`")]
 
 
@@ -40,6 +41,21 @@ class Train:
     config: Annotated[Path | None, arg(help="YAML file of settings; what it leaves out is chosen")] = None
     dry_run: Annotated[bool, arg(help="print the whole configuration and the plan, and train nothing")] = False
     fork: Annotated[bool, arg(help="let a run go on under changed settings")] = False
+
+
+@dataclass
+class Plan:
+    """Say what a run would take, before it is begun: a few steps of each stage are measured, and nothing is kept.
+
+    Takes the settings that `maskdm train` takes. Speed, memory, time and cost of each stage, what masking gains on this machine
+    beside the ideal, and advice.
+    """
+
+    data: Data
+    recipe: Annotated[str | None, arg(help="a ready-made configuration: cifar10, digits, emoji")] = None
+    config: Annotated[Path | None, arg(help="YAML file of settings; what it leaves out is chosen")] = None
+    price_per_hour: Annotated[float | None, arg(help="of the machine, in any currency: the cost is worked out")] = None
+    out: Annotated[Path | None, arg(help="JSON file for the figures")] = None
 
 
 @dataclass
@@ -63,7 +79,9 @@ class Sample:
     guidance: Annotated[float | None, arg(help="classifier-free guidance scale, 1 for none; the run's setting if left out")] = None
     seed: Annotated[int, arg(help="seed of the noise")] = 0
     labels: Annotated[tuple[str, ...], arg(help="classes to draw, by name or number, in turn; all if left out")] = ()
-    batch: Annotated[int, arg(help="images computed at a time")] = 64
+    batch: Annotated[int | None, arg(help="images computed at a time; fitted to the network and the device if left out")] = None
+    precision: Annotated[PrecisionName, arg(help="arithmetic of the network; auto is bf16 where the machine has it")] = "auto"
+    compile: Annotated[bool, arg(help="compile the network first: a slow start that many images make up for")] = False
     weights: Annotated[WeightsName, arg(help="as trained, averaged, or averaged at the best evaluation")] = "ema"
     ema: Annotated[float | None, arg(help="length (sigma_rel) of the weights' average, from the snapshots; as trained if left out")] = None
 
@@ -97,6 +115,7 @@ class Evaluate:
     eta: Annotated[float | None, arg(help="noise added back by ddim, 0 to 1; the run's setting if left out")] = None
     guidance: Annotated[float | None, arg(help="classifier-free guidance scale, 1 for none; the run's setting if left out")] = None
     seed: Annotated[int, arg(help="seed of the samples' noise")] = 0
+    precision: Annotated[PrecisionName, arg(help="arithmetic of the network; auto is bf16 where the machine has it")] = "auto"
 
 
 @dataclass
@@ -128,6 +147,7 @@ class Report:
 
 Verb = (
     Annotated[Train, subcommand("train")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[DataVerb, subcommand("data")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
@@ -135,7 +155,7 @@ Verb = (
     | Annotated[Report, subcommand("report")]
 )
 
-TRAIN_OPTIONS = ("--out", "--recipe", "--config")
+TRAIN_OPTIONS = ("--out", "--recipe", "--config", "--price-per-hour", "--price_per_hour")
 TRAIN_FLAGS = ("--dry-run", "--no-dry-run", "--fork", "--no-fork", "--help", "-h")
 
 
@@ -177,12 +197,12 @@ def run_command(arguments: list[str]) -> int:
     if arguments in (["--version"], ["-V"]):
         print(f"maskdm {__version__}")
         return 0
-    is_train = arguments[:1] == ["train"]
-    line = split_settings(arguments) if is_train else CommandLine(arguments)
+    has_settings = arguments[:1] in (["train"], ["plan"])
+    line = split_settings(arguments) if has_settings else CommandLine(arguments)
     try:
         verb = _parse(line.rest)
         if isinstance(verb, int):
-            if verb == 0 and is_train:
+            if verb == 0 and has_settings:
                 print(_settings_help())
             return verb
         return _perform(verb, line.settings, arguments)
@@ -193,6 +213,12 @@ def run_command(arguments: list[str]) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except RuntimeError as error:
+        from maskdm.engine import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        return _fail("memory ran out, with one image at a time too; use a smaller --model.width, or --checkpoint-activations all", 1)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             return _fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}", 2)
@@ -206,7 +232,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | DataVerb | Sample | Evaluate | EmaSweep | Report | int:
+def _parse(arguments: list[str]) -> Train | Plan | DataVerb | Sample | Evaluate | EmaSweep | Report | int:
     """The verb, or an exit code after --help. Raises UserError: tyro's boxed message, as one line."""
     printed = io.StringIO()
     try:
@@ -237,7 +263,9 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
-def _perform(verb: Train | DataVerb | Sample | Evaluate | EmaSweep | Report, settings: list[tuple[str, str]], arguments: list[str]) -> int:
+def _perform(
+    verb: Train | Plan | DataVerb | Sample | Evaluate | EmaSweep | Report, settings: list[tuple[str, str]], arguments: list[str]
+) -> int:
     import logging
     import warnings
 
@@ -251,6 +279,10 @@ def _perform(verb: Train | DataVerb | Sample | Evaluate | EmaSweep | Report, set
     match verb:
         case Train():
             return _train(verb, settings, arguments)
+        case Plan():
+            nowhere = Path(os.devnull).parent / "maskdm-plan"  # no run is there: `plan` writes none
+            request = runs.TrainRequest(verb.data, nowhere, verb.recipe, verb.config, tuple(settings))
+            print(runs.plan(request, verb.price_per_hour, verb.out, runs.Display()))
         case DataVerb():
             print(runs.describe_data(verb.data, verb.image_size, runs.Display()))
         case Sample():
@@ -272,12 +304,10 @@ def _perform(verb: Train | DataVerb | Sample | Evaluate | EmaSweep | Report, set
 def _evaluate(verb: Evaluate) -> str:
     from maskdm import runs
 
+    of_a_run = ("num", "steps", "scheduler", "eta", "guidance", "seed", "precision", "weights", "ema")
     sampling = None
     if verb.run is not None:
-        sampling = runs.SampleRequest(
-            verb.run, verb.run, verb.num, verb.steps, verb.scheduler, verb.eta, verb.guidance, verb.seed, weights=verb.weights, ema=verb.ema
-        )
-    of_a_run = ("num", "steps", "scheduler", "eta", "guidance", "seed", "weights", "ema")
+        sampling = runs.SampleRequest(verb.run, verb.run, **{name: getattr(verb, name) for name in of_a_run})
     wrong = [name for name in of_a_run if vars(verb)[name] != vars(Evaluate())[name]] if sampling is None else []
     if verb.images is not None and wrong:
         raise UserError(f"--{wrong[0]} says how a run is sampled; leave it out with --images")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskdm.config import Config, Mask
 from maskdm.diffusion import Times, draw_times
-from maskdm.masking import Kept, draw
+from maskdm.masking import Kept, draw, num_kept
 
 ROWS = 8
 """Samples that share one generator: few enough to slice a batch anywhere without much waste, enough to draw quickly."""
@@ -23,11 +23,11 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class Draws:
-    """Times [batch], noise [batch, patches, features] of all patches, kept patches, dropped labels and mirrored images."""
+    """Times [batch], kept patches, noise [batch, kept, features] of those, dropped labels and mirrored images."""
 
     t: Times
-    noise: Float[Tensor, "batch patches features"]
     kept: Kept | None
+    noise: Float[Tensor, "batch kept features"]
     drop: Bool[Tensor, " batch"]
     flip: Bool[Tensor, " batch"]
 
@@ -41,7 +41,7 @@ def derive(*parts: int | str) -> int:
 def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, count: int, batch: int, device: torch.device) -> Draws:
     """Draw for the samples at positions [first, first + count) of the global batch of `batch` images of a step.
 
-    The mask is drawn last, so that the same noise and times go with every mask.
+    Noise is drawn last, for the kept patches alone: a sample's time, label and mirroring are the same under every mask.
     """
     grid, features = config.grid, config.data.channels * config.model.patch**2
     uniforms: list[Tensor] = []
@@ -50,10 +50,10 @@ def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, coun
     for block in range(first // ROWS, (first + count - 1) // ROWS + 1):
         generator = torch.Generator(device).manual_seed(derive(seed, step, block))
         uniforms.append(torch.rand(ROWS, 3, generator=generator, device=device))
-        noises.append(torch.randn(ROWS, grid[0] * grid[1], features, generator=generator, device=device))
         kept = draw(mask, ROWS, grid, generator)
         if kept is not None:
             masks.append(kept)
+        noises.append(torch.randn(ROWS, num_kept(mask, grid), features, generator=generator, device=device))
     here = slice(first % ROWS, first % ROWS + count)
     uniform = torch.cat(uniforms)[here]
     share = uniform[:, 0]
@@ -61,8 +61,8 @@ def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, coun
         share = (torch.arange(first, first + count, device=device) + share) / batch
     return Draws(
         t=draw_times(config.diffusion, share),
-        noise=torch.cat(noises)[here],
         kept=torch.cat(masks)[here] if masks else None,
+        noise=torch.cat(noises)[here],
         drop=uniform[:, 1] < config.diffusion.label_drop,
         flip=uniform[:, 2] < config.data.flip,
     )

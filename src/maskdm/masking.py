@@ -7,7 +7,7 @@ shapes stay static. The model gathers by these indices, the objective reads them
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Num
 from torch import Tensor
 
 from maskdm.config import BlockMask, CropMask, Mask, NoMask, PatchMask
@@ -86,7 +86,7 @@ def _windows(row: Tensor, column: Tensor, size: int, grid: Grid) -> Tensor:
     return (row * grid[1] + column)[..., None] + inside
 
 
-def take(patches: Float[Tensor, "batch all features"], kept: Kept | None) -> Float[Tensor, "batch kept features"]:
+def take(patches: Num[Tensor, "batch all features"], kept: Kept | None) -> Num[Tensor, "batch kept features"]:
     """The kept patches of each image; all of them, untouched, when `kept` is None."""
     if kept is None:
         return patches

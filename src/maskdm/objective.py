@@ -35,8 +35,8 @@ def masked_denoising_loss(
 
     Only kept patches are noised, and the model sees nothing else. With every patch kept this is the ordinary loss.
     """
-    x0 = take(patchify(to_model_range(flip(images, draws.flip)), model.patch_size), draws.kept)
-    noised = add_noise(diffusion, x0, take(draws.noise, draws.kept), draws.t)
+    x0 = to_model_range(take(patchify(flip(images, draws.flip), model.patch_size), draws.kept))
+    noised = add_noise(diffusion, x0, draws.noise, draws.t)
     if labels is not None:
         labels = drop_labels(labels, draws.drop, null=model.num_classes)
     output = model(noised.x_t, draws.t, labels, draws.kept).sample

@@ -93,7 +93,10 @@ class Hardware:
         "arithmetic of the network; weights are fp32 always; auto is bf16 where matrix units have it",
     ] = "auto"
     compile: Annotated[bool, "compile the network with torch.compile: slow to start, faster steps"] = False
-    checkpoint_activations: Annotated[bool, "recompute activations in the backward pass: less memory, slower steps"] = False
+    checkpoint_activations: Annotated[
+        Literal["off", "selective", "all"],
+        "recompute in the backward pass, for less memory: off; selective, all but the matrix products; or all, a third slower",
+    ] = "off"
     threads: Annotated[int, "CPU threads; 0 for all cores"] = 0
 
     def __post_init__(self) -> None:

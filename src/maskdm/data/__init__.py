@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from maskdm.data.dataset import Dataset, duplicates
 from maskdm.data.decode import BrokenImage, decode
+from maskdm.data.feed import Feed
 from maskdm.data.loader import Batch, Loader, flip, to_model_range, to_uint8
 from maskdm.data.prepare import prepare
 from maskdm.data.source import Source
@@ -14,6 +15,7 @@ __all__ = [
     "Batch",
     "BrokenImage",
     "Dataset",
+    "Feed",
     "Loader",
     "Source",
     "Summary",

@@ -16,16 +16,16 @@ from maskdm.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """Images in 0..255; labels where the data has classes; each image's row in the data set."""
+    """Images in 0..255; labels where the data has classes; each image's row in the data set, on the CPU."""
 
     images: UInt8[Tensor, "batch channels height width"]
     labels: Int64[Tensor, " batch"] | None
     rows: Int64[Tensor, " batch"]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return replace(self, images=self.images.to(device), labels=labels, rows=self.rows.to(device))
+        """The batch on a device; from pinned memory the copy goes on while the host does."""
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=self.labels.is_pinned())
+        return replace(self, images=self.images.to(device, non_blocking=self.images.is_pinned()), labels=labels)
 
 
 class Loader:

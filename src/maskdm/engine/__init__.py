@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from maskdm.engine.checkpoint import Checkpoint
-from maskdm.engine.hardware import Machine, environment, this_machine
+from maskdm.engine.hardware import (
+    Machine,
+    environment,
+    give_back_freed_memory,
+    keep_freed_memory,
+    matrix_ceiling,
+    out_of_memory,
+    this_machine,
+)
+from maskdm.engine.memory import available_memory, peak_memory, reset_peak_memory
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.ranks import Ranks, join_ranks
-from maskdm.engine.trainer import Progress, StageProgress, Step, Trainer, autocast
+from maskdm.engine.trainer import Precision, Progress, StageProgress, Step, Trainer, autocast, more_pieces
 from maskdm.engine.weights import Transfer, transfer
 
 __all__ = [
@@ -14,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "Machine",
     "PowerAverages",
+    "Precision",
     "Progress",
     "Ranks",
     "StageProgress",
@@ -21,10 +31,18 @@ __all__ = [
     "Trainer",
     "Transfer",
     "autocast",
+    "available_memory",
     "environment",
+    "give_back_freed_memory",
     "join_ranks",
+    "keep_freed_memory",
     "learning_rate",
     "make_optimizer",
+    "matrix_ceiling",
+    "more_pieces",
+    "out_of_memory",
+    "peak_memory",
+    "reset_peak_memory",
     "this_machine",
     "transfer",
 ]

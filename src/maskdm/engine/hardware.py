@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,12 +57,62 @@ def _has_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a CPU's tensors leave, where it would give it back and fault every page in again at the next step.
+
+    6 to 12 % of a step (docs/performance.md). Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end up to which none is given back
+
+
+def give_back_freed_memory() -> None:
+    """Give glibc's free memory back to the system, where it was kept."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: on a GPU by torch's own error, on a CPU and on Apple's GPUs known by its words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error) or "MPS backend out of memory" in str(error)
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def matrix_ceiling(device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> float:
+    """FLOP/s of square matrix products in a precision, measured: what the share of the machine's ceiling (MFU) is taken of."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    size, products = (1024, 1) if device.type == "cpu" else (8192, 8)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (
+        torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2)
+    )  # zeros or ones would let a GPU clock higher
+    best = float("inf")
+    for _ in range(6):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(products):
+            torch.mm(a, b)
+        synchronize(device)
+        best = min(best, (time.perf_counter() - started) / products)
+    return 2.0 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def environment(machine: Machine, threads: int) -> dict[str, str | int]:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from maskdm.config import Budget, Config, Stage
-from maskdm.data import Loader
+from maskdm.data import Feed, Loader
 from maskdm.draws import derive, draw_step
+from maskdm.engine.hardware import out_of_memory, synchronize
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.models import Denoiser
 from maskdm.objective import masked_denoising_loss
@@ -30,7 +33,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class StageProgress:
     """What a stage has done: optimizer steps, training images, seconds inside steps; and whether it was ended before its budget.
 
-    `terms`: the budget and patience under which it was ended; under others it goes on.
+    `terms`: the budget and patience under which it was ended; under others it goes on. `pieces`: what its batches are
+    computed in, more than `asked` for where memory ran out; 0: it has not begun.
     """
 
     steps: int = 0
@@ -38,6 +42,8 @@ class StageProgress:
     seconds: float = 0.0
     ended: bool = False
     terms: dict[str, Any] | None = None
+    pieces: int = 0
+    asked: int = 0
 
     def share(self, budget: Budget) -> float:
         """Part of the budget used up, 0..1: that of the limit nearest to its end."""
@@ -67,7 +73,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. Tensors are scalars left on the device, so that reading them is the caller's choice."""
+    """One optimizer step. Tensors are scalars left on the device, so that reading them is the caller's choice.
+
+    data_seconds: of the run so far, waiting for images. pieces: micro-batches that the batch was computed in.
+    """
 
     number: int
     stage: Stage
@@ -78,6 +87,8 @@ class Step:
     lr: float
     images: int
     seconds: float
+    data_seconds: float
+    pieces: int
     ends_stage: bool
 
 
@@ -85,20 +96,21 @@ class Trainer:
     """Runs the stages of a configuration over a loader's images."""
 
     def __init__(self, config: Config, loader: Loader, model: Denoiser, device: torch.device, precision: Precision) -> None:
-        self.config, self.loader, self.device = config, loader, device
+        self.config, self.device = config, device
+        self.feed = Feed(loader, device)
         self.precision: Precision = precision
         self.model = model
         self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
         self.model.train()
-        if config.hardware.checkpoint_activations:
-            self.model.enable_gradient_checkpointing()
-        self.network: Any = torch.compile(self.model) if config.hardware.compile else self.model
+        self.model.recompute(config.hardware.checkpoint_activations)
+        self.network: Any = torch.compile(self.model, dynamic=False) if config.hardware.compile else self.model
         self.average = Average(self.model, config.ema)
         self.powers = PowerAverages(self.model, config.ema.sigma_rel if config.ema.snapshots else ())
         self.optimizer = make_optimizer(self.model, config.optimizer, config.stages[0].lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.progress = Progress(stages=[StageProgress() for _ in config.stages])
         self._names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        self._ahead: deque[torch.cuda.Event] = deque()
 
     # --- state ---
 
@@ -181,38 +193,93 @@ class Trainer:
         lr = learning_rate(stage, done.steps, done.course(stage.budget))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=self.device)
-        for piece in range(stage.accumulate):
-            loss += self._backward(stage, number, piece)
-        self.scaler.unscale_(self.optimizer)
-        limit = self.config.optimizer.clip
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the averages must not count it
-            self.average.update(self.model, done.steps)
-            self.powers.update(self.model)
+        loss = self._gradients(stage, done, number)
+        with record_function("maskdm: optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            limit = self.config.optimizer.clip
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        with record_function("maskdm: average"):
+            if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the averages must not count it
+                self.average.update(self.model, done.steps)
+                self.powers.update(self.model)
         done.steps += 1
         done.images += stage.batch
         self.progress.step += 1
         self.progress.images += stage.batch
+        self._stay_near()
         done.seconds += time.perf_counter() - started
         share = done.share(stage.budget)
-        return Step(self.progress.step, stage, done.steps, share, loss, grad_norm, lr, done.images, self.progress.seconds, share >= 1)
+        return Step(
+            number=self.progress.step,
+            stage=stage,
+            stage_step=done.steps,
+            share=share,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            images=done.images,
+            seconds=self.progress.seconds,
+            data_seconds=self.feed.seconds,
+            pieces=done.pieces,
+            ends_stage=share >= 1,
+        )
 
-    def _backward(self, stage: Stage, number: int, piece: int) -> Tensor:
-        """Add the gradients of one piece of the batch; returns its share of the loss."""
-        count = stage.batch // stage.accumulate
-        batch = self.loader.batch(self.progress.images + piece * count, count).to(self.device)
-        seed = derive("train", self.config.seed)
-        draws = draw_step(self.config, stage.mask, seed, number, piece * count, count, stage.batch, self.device)
-        with autocast(self.device, self.precision):
+    def settle(self) -> None:
+        """Wait for the device, on the clock of the stage: for whoever is about to read from it."""
+        started = time.perf_counter()
+        synchronize(self.device)
+        self.progress.stages[self.progress.stage].seconds += time.perf_counter() - started
+
+    def _stay_near(self) -> None:
+        """Let the host run at most two steps ahead of a GPU: enough to keep it busy, and seconds stay those of the work."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self._ahead.append(event)
+            if len(self._ahead) > 2:
+                self._ahead.popleft().synchronize()
+
+    def _gradients(self, stage: Stage, done: StageProgress, number: int) -> Tensor:
+        """The gradients of a batch, and its loss. Where memory runs out it is computed in more pieces: the same step."""
+        if done.asked != stage.accumulate:  # a new stage, or another setting since
+            done.asked = done.pieces = stage.accumulate
+        while True:
+            try:
+                size = stage.batch // done.pieces
+                loss = torch.zeros((), device=self.device)
+                for first in range(0, stage.batch, size):
+                    loss += self._backward(stage, number, first, size)
+                return loss
+            except RuntimeError as error:
+                if not out_of_memory(error) or done.pieces >= stage.batch:
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            done.pieces = more_pieces(stage.batch, done.pieces)
+
+    def _backward(self, stage: Stage, number: int, first: int, count: int) -> Tensor:
+        """Add the gradients of a piece of the batch; returns its share of the loss."""
+        with record_function("maskdm: data"):
+            batch = self.feed.batch(self.progress.images + first, count)
+        with record_function("maskdm: draws"):
+            seed = derive("train", self.config.seed)
+            draws = draw_step(self.config, stage.mask, seed, number, first, count, stage.batch, self.device)
+        with record_function("maskdm: forward"), autocast(self.device, self.precision):
             loss = masked_denoising_loss(self.network, self.config.diffusion, batch.images, batch.labels, draws)
-        total = loss.total / stage.accumulate
-        self.scaler.scale(total).backward()
+        with record_function("maskdm: backward"):
+            total = loss.total * (count / stage.batch)
+            self.scaler.scale(total).backward()
         return total.detach()
+
+
+def more_pieces(batch: int, pieces: int) -> int:
+    """At least twice as many pieces, of equal size."""
+    return next(count for count in range(2 * pieces, batch + 1) if batch % count == 0) if 2 * pieces <= batch else batch
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils import BaseOutput
 from jaxtyping import Int, Num
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from maskdm.models.layers import Patches, patchify, unpatchify
+
+_KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+"""What selective recomputation keeps: the dear operations. The rest, elementwise, is most of the memory and little of the time."""
 
 SampleSize = int | tuple[int, int] | list[int]
 """Height and width, or one side; a list when read back from JSON."""
@@ -71,6 +84,17 @@ class Denoiser(ModelMixin, ConfigMixin):
     def denoise(self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None) -> Patches:
         """Predict the target on patches [batch, kept, features]."""
         raise NotImplementedError
+
+    def recompute(self, what: Literal["off", "selective", "all"]) -> None:
+        """What a block's backward pass computes again instead of keeping: nothing, all but matrix products and attention, or all."""
+        match what:
+            case "off":
+                self.disable_gradient_checkpointing()
+            case "selective":
+                context = partial(create_selective_checkpoint_contexts, _KEPT)
+                self.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=context))
+            case "all":
+                self.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
 
     def undecayed(self) -> set[str]:
         """Names of the embeddings and position tables, which weight decay leaves alone; norms and biases are known by shape."""

@@ -8,11 +8,11 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from maskdm.models.denoiser import Denoiser, SampleSize
-from maskdm.models.layers import Attention, Patches, RotaryPositions, SwiGLU, Tokens, sinusoidal
+from maskdm.models.layers import Attention, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal
 
 
 def _modulate(x: Tokens, scale: Tensor, shift: Tensor) -> Tokens:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class DiTBlock(nn.Module):
@@ -20,9 +20,9 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm1 = RMSNorm(width)
         self.attention = Attention(width, heads, qkv_bias=False, normalize=True)
-        self.norm2 = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm2 = RMSNorm(width)
         hidden = -(-int(width * mlp_ratio * 2 / 3) // 32) * 32  # three matrices at 2/3 the width weigh what two do; tiles like 32
         self.mlp = SwiGLU(width, hidden)
         self.modulation = nn.Linear(width, 6 * width)
@@ -30,8 +30,8 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tokens, condition: Float[Tensor, "batch width"], turn: tuple[Tensor, Tensor]) -> Tokens:
         """Tokens and their condition; `turn` as `RotaryPositions` gives it."""
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attention(_modulate(self.norm1(x), scale1, shift1), turn)
-        return x + gate2 * self.mlp(_modulate(self.norm2(x), scale2, shift2))
+        x = torch.addcmul(x, gate1, self.attention(_modulate(self.norm1(x), scale1, shift1), turn))
+        return torch.addcmul(x, gate2, self.mlp(_modulate(self.norm2(x), scale2, shift2)))
 
 
 class DiT(Denoiser):
@@ -64,7 +64,7 @@ class DiT(Denoiser):
         self.register_buffer("positions", _absolute_positions(self.grid, width), persistent=False)
         self.rotary = RotaryPositions(width // heads, self.grid)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.RMSNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm = RMSNorm(width)
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, features)
         self._initialize()
@@ -87,7 +87,7 @@ class DiT(Denoiser):
 
     def denoise(self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None) -> Patches:
         """As `Denoiser.denoise`."""
-        x = self.patch_embedding(patches) + (self.positions if kept is None else self.positions[kept])
+        x = in_compute_precision(self.patch_embedding(patches) + (self.positions if kept is None else self.positions[kept]))
         condition = self.time_embedding(sinusoidal(t, 256))
         if self.class_embedding is not None and labels is not None:
             condition = condition + self.class_embedding(labels)

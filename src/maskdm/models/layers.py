@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Tokens = Float[Tensor, "batch tokens width"]
 Patches = Float[Tensor, "batch patches features"]
+Heads = Float[Tensor, "batch heads tokens per_head"]
 
 
-def patchify(images: Float[Tensor, "batch channels height width"], patch: int) -> Patches:
+def patchify(images: Num[Tensor, "batch channels height width"], patch: int) -> Num[Tensor, "batch patches features"]:
     """Images as patches in row-major order, each flattened as (channel, row, column)."""
     batch, channels, height, width = images.shape
     x = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
@@ -53,30 +56,119 @@ class RotaryPositions(nn.Module):
         return angles.cos()[:, None], angles.sin()[:, None]
 
 
-def rotate(x: Float[Tensor, "batch heads tokens per_head"], turn: tuple[Tensor, Tensor]) -> Float[Tensor, "batch heads tokens per_head"]:
-    """Turn channel pairs (i, i + half) by the angles of their token."""
-    cos, sin = turn[0].to(x.dtype), turn[1].to(x.dtype)
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation back, of which plain operations would keep and multiply six half-sized pieces."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    y = torch.empty_like(x)
+    first, second = y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return y
 
 
-class HeadNorm(nn.RMSNorm):
-    """RMS normalisation in the precision of its input: autocast leaves the weight in fp32, which the fused kernel refuses."""
+def rotate(x: Heads, turn: tuple[Tensor, Tensor]) -> Heads:
+    """Turn channel pairs (i, i + half) by the angles of their token."""
+    return _Rotation.apply(x, turn[0].to(x.dtype), turn[1].to(x.dtype))  # pyright: ignore[reportUnknownMemberType, reportReturnType]
+
+
+def in_compute_precision(x: Tensor) -> Tensor:
+    """`x` in the precision of autocast, where it is on: tokens stay in it from block to block."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class Norm(nn.LayerNorm):
+    """Layer normalisation that leaves its input's precision as it is, where autocast would go to fp32 and back. It sums in fp32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Over the last dimension."""
+        weight, bias = (None if p is None else p.to(input.dtype) for p in (self.weight, self.bias))  # pyright: ignore[reportUnnecessaryComparison] - torch's type leaves the None out
+        with torch.autocast(input.device.type, enabled=False):
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class _RootMeanSquare(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) in two passes over x and its gradient in four, where torch's for a CPU takes a dozen, in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1])
+        scale = mean.add_(eps).rsqrt_().to(x.dtype)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(dim=-1, keepdim=True)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale), None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation without a weight (arXiv 1910.07467), in the precision of its input; the squares are summed in fp32."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Over the last dimension."""
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            if x.device.type == "cpu":
+                return _RootMeanSquare.apply(x, self.eps)  # pyright: ignore[reportUnknownMemberType, reportReturnType]
+            return F.rms_norm(x, (self.width,), None, self.eps)
+
+
+MOST_SCORES = 1 << 28
+"""Scores of a batch that are kept for the backward pass at once: half a GiB in bf16."""
+
+
+def attend(q: Heads, k: Heads, v: Heads) -> Heads:
+    """softmax(q k^T / sqrt(per_head)) v: torch's fused attention, but for bf16 on a CPU, where that is slow.
+
+    There two plain products and a softmax take half to a quarter of its time (docs/performance.md). They keep all scores,
+    which is affordable up to some number of them.
+    """
+    shape, (tokens, per_head) = q.shape[:2], q.shape[2:]
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or shape.numel() * tokens**2 > MOST_SCORES:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = q.flatten(0, 1) * per_head**-0.5, k.flatten(0, 1), v.flatten(0, 1)
+        scores = q @ k.transpose(1, 2)
+        spare = -tokens % 16
+        if spare and tokens < 64:  # softmax is vectorised over whole registers only, which matters to short rows
+            scores, v = F.pad(scores, (0, spare), value=float("-inf")), F.pad(v, (0, 0, 0, spare))
+        return (scores.softmax(dim=-1) @ v).unflatten(0, shape)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. With `normalize`, queries and keys are RMS-normalised per head (arXiv 2302.05442)."""
+    """Multi-head self-attention. With `normalize`, queries and keys are layer-normalised per head (arXiv 2302.05442)."""
 
     def __init__(self, width: int, heads: int, qkv_bias: bool, normalize: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.norm_q = HeadNorm(width // heads, eps=1e-6) if normalize else nn.Identity()
-        self.norm_k = HeadNorm(width // heads, eps=1e-6) if normalize else nn.Identity()
+        self.norm_q = Norm(width // heads, eps=1e-6, bias=False) if normalize else nn.Identity()
+        self.norm_k = Norm(width // heads, eps=1e-6, bias=False) if normalize else nn.Identity()
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tokens, turn: tuple[Tensor, Tensor] | None = None) -> Tokens:
@@ -85,8 +177,7 @@ class Attention(nn.Module):
         q, k = self.norm_q(q), self.norm_k(k)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
-        x = F.scaled_dot_product_attention(q, k, v.to(q.dtype))
-        return self.out(x.transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2))
 
 
 class GeluMLP(nn.Module):

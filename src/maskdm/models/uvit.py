@@ -8,7 +8,7 @@ from jaxtyping import Num
 from torch import Tensor, nn
 
 from maskdm.models.denoiser import Denoiser, SampleSize
-from maskdm.models.layers import Attention, GeluMLP, Patches, Tokens, sinusoidal
+from maskdm.models.layers import Attention, GeluMLP, Norm, Patches, Tokens, in_compute_precision, sinusoidal
 
 
 class UViTBlock(nn.Module):
@@ -17,9 +17,9 @@ class UViTBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool) -> None:
         super().__init__()
         self.skip = nn.Linear(2 * width, width) if skip else None
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = Norm(width)
         self.attention = Attention(width, heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = Norm(width)
         self.mlp = GeluMLP(width, int(width * mlp_ratio))
 
     def forward(self, x: Tokens, earlier: Tokens | None = None) -> Tokens:
@@ -69,7 +69,7 @@ class UViT(Denoiser):
         self.down_blocks = nn.ModuleList(block(skip=False) for _ in range(depth // 2))
         self.middle_block = block(skip=False)
         self.up_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
-        self.norm = nn.LayerNorm(width)
+        self.norm = Norm(width)
         self.out = nn.Linear(width, features)
         self.apply(_initialize)
         self.patch_embedding.reset_parameters()  # the published code leaves the patch embedding at the framework's default
@@ -82,7 +82,7 @@ class UViT(Denoiser):
         extras = [sinusoidal(t, x.shape[-1])]
         if self.class_embedding is not None and labels is not None:
             extras.insert(0, self.class_embedding(labels))
-        x = torch.cat([torch.stack(extras, dim=1) + table[: self.num_extras], x], dim=1)
+        x = in_compute_precision(torch.cat([torch.stack(extras, dim=1) + table[: self.num_extras], x], dim=1))
         skips: list[Tensor] = []
         for block in self.down_blocks:
             x = self._run(block, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 from maskdm.report import charts, page
 from maskdm.report.page import Json, amount, as_object, count, finite, number, percent, text, word
@@ -67,7 +68,30 @@ def stage_table(run: Run) -> str:
         '<p class="soft">Sees: the true share of the patches that the network works on. '
         "Speed-up: in images per second, over whole images in this run; the ideal counts arithmetic only; other load blurs it.</p>"
     )
-    return page.table("Stages", head, rows) + note + _speed(run) if rows else ""
+    return page.table("Stages", head, rows) + note + _use(run) + _speed(run) if rows else ""
+
+
+def _use(run: Run) -> str:
+    """What each stage made of the machine: medians of its records, and its highest memory."""
+    rows: list[list[str]] = []
+    for stage in run.stages:
+        records = [record for record in run.named("train") if record.get("stage") == stage.get("name")]
+        found = {
+            key: [value for value in (finite(record, key) for record in records) if value is not None]
+            for key in ("tokens_per_second", "share_of_ceiling", "data_wait", "memory")
+        }
+        if all(found.values()):
+            tokens, share, waiting = (statistics.median(found[key]) for key in ("tokens_per_second", "share_of_ceiling", "data_wait"))
+            memory = f"{max(found['memory']) / 2**30:.2f} GiB"
+            rows.append([word(stage, "name"), number(tokens), percent(share), percent(waiting), memory])
+    if not rows:
+        return ""
+    head = ["Stage", "Tokens/s", "Share of ceiling", "Waiting for data", "Memory, peak"]
+    note = (
+        '<p class="soft">The ceiling is what this machine reached in large matrix products of the same precision when the run began '
+        "(the share is also called MFU).</p>"
+    )
+    return page.table("Use of the machine", head, rows) + note
 
 
 def _by_stage(run: Run, key: str, unit: float) -> list[charts.Series]:

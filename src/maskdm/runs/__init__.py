@@ -10,6 +10,7 @@ from maskdm.runs.data import describe_data
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
 from maskdm.runs.evaluate import EvaluateRequest, evaluate
+from maskdm.runs.forecast import plan
 from maskdm.runs.observe import Diverged
 from maskdm.runs.resolve import TrainRequest
 from maskdm.runs.sample import SampleRequest, sample, sampling_settings
@@ -30,6 +31,7 @@ __all__ = [
     "ema_sweep",
     "evaluate",
     "parse_lengths",
+    "plan",
     "report_run",
     "sample_run",
     "train",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+WORTH_SAYING = 0.02
+"""Share of the time that training waits for images, from which on the bar says so."""
 
 LINE_SECONDS = 20.0
 """Between lines of progress where there is no terminal to draw a bar in."""
@@ -31,17 +34,29 @@ class Display:
     @contextmanager
     def counting(self, what: str) -> Generator[Callable[[int, int], None], None, None]:
         """A bar for work of known length: the function given is called with (done, total)."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
-            bar = bars.add_task(what, total=None)
-            said = time.monotonic()
+            bar = bars.add_task(what, total=None, rate="")
+            began = said = time.monotonic()
+            first: int | None = None  # what resumed work had done before is not its speed
 
             def update(done: int, total: int) -> None:
-                nonlocal said
-                bars.update(bar, completed=done, total=total)
-                if not self.console.is_terminal and time.monotonic() - said > LINE_SECONDS:
-                    said = time.monotonic()
-                    self.note(f"{what}: {done} of {total}")
+                nonlocal began, said, first
+                now = time.monotonic()
+                if first is None:
+                    first, began = done, now
+                rate = f"{(done - first) / (now - began):.3g}/s" if done > first else ""
+                bars.update(bar, completed=done, total=total, rate=rate)
+                if not self.console.is_terminal and now - said > LINE_SECONDS:
+                    said = now
+                    self.note(f"{what}: {done} of {total}{rate and f', {rate}'}")
 
             yield update
 
@@ -68,17 +83,21 @@ class TrainingBar:
         self._bar = None
         self._said = time.monotonic()
 
-    def update(self, stage: str, share: float, step: int, seconds: float, images_per_second: float, loss: float) -> None:
-        """Show where the stage stands: `share` of its budget, its `step`, training `seconds` in the stage, and figures."""
+    def update(self, stage: str, share: float, step: int, seconds: float, figures: Mapping[str, float]) -> None:
+        """Show where the stage stands: `share` of its budget, its `step`, training `seconds` in the stage, and the figures logged."""
         if stage != self._stage or self._bar is None:
             self._stage = stage
             self._bar = self._bars.add_task(stage, total=1.0, figures="", eta="")
         eta = _clock(seconds * (1 - share) / share) if share > 0 else "?"
-        figures = f"step {step}  {images_per_second:.0f} images/s  loss {loss:.4f}"
-        self._bars.update(self._bar, completed=share, figures=figures, eta=eta)
+        waiting = f"  waits for data {figures['data_wait']:.0%}" if figures["data_wait"] > WORTH_SAYING else ""
+        text = (
+            f"step {step}  {figures['images_per_second']:.0f} images/s  {figures['share_of_ceiling']:.0%} of ceiling{waiting}"
+            f"  {figures['memory'] / 2**30:.1f} GiB  loss {figures['loss']:.4f}"
+        )
+        self._bars.update(self._bar, completed=share, figures=text, eta=eta)
         if not self._display.console.is_terminal and (time.monotonic() - self._said > LINE_SECONDS or share >= 1):
             self._said = time.monotonic()
-            self._display.note(f"{stage} {share:4.0%}  {figures}  eta {eta}")
+            self._display.note(f"{stage} {share:4.0%}  {text}  eta {eta}")
 
 
 def _clock(seconds: float) -> str:

@@ -39,7 +39,7 @@ from maskdm.runs.resolve import parse_size
 from maskdm.runs.sample import SampleRequest, draw_images, sampling_settings
 from maskdm.runs.sets import CLASSES, LEAST_HELDOUT, dataset_of, image_set, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, load_pipeline, state_hash
-from maskdm.sampling import MaskDMPipeline, make_scheduler
+from maskdm.sampling import make_scheduler
 
 MOST_DENOISED = 1000
 """Training and held-out images whose denoising loss is measured."""
@@ -88,7 +88,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     training, heldout = sets_of(config, dataset)
     if heldout is None:
         display.note(f"fewer than {LEAST_HELDOUT} held-out images: no figure of new real images to compare with; see --heldout of train")
-    machine = this_machine(Hardware())
+    machine = this_machine(Hardware(precision=sampled.precision))
     settings = sampling_settings(config, sampled)
     labels = natural_labels(config, dataset, training.rows, sampled.num)
     samples = _draw(pipeline, settings, sampled, labels, machine, ranks, display)
@@ -107,6 +107,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
         "data": info["data"]["name"],
         "data_hash": dataset.content_hash,
         "device": str(machine.device),
+        "precision": machine.precision,
     }
     denoising = None
     if heldout is not None and ranks.first:
@@ -130,7 +131,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
 
 
 def _draw(
-    pipeline: MaskDMPipeline,
+    pipeline: maskdm.MaskDMPipeline,
     settings: Sampling,
     request: SampleRequest,
     labels: list[int] | None,
@@ -149,6 +150,7 @@ def _draw(
         request.seed,
         request.num,
         machine.device.type,
+        machine.precision,
         CLASSES,
     ]
     key = hashlib.sha256(json.dumps([state_hash(pipeline.unet.state_dict()), *how, labels]).encode()).hexdigest()[:32]
@@ -157,7 +159,7 @@ def _draw(
 
     def make(rows: slice) -> NDArray[np.uint8]:
         wanted = None if labels is None else labels[rows]
-        return draw_images(pipeline, settings, range(rows.start, rows.stop), wanted, request.seed).transpose(0, 2, 3, 1)
+        return draw_images(pipeline, settings, range(rows.start, rows.stop), wanted, request.seed, machine.precision).transpose(0, 2, 3, 1)
 
     shape = (request.num, *pipeline.unet.size, pipeline.unet.config["in_channels"])
     with display.counting(f"drawing {request.num} samples") as progress:
@@ -165,7 +167,9 @@ def _draw(
     return ImageSet(pixels, np.arange(request.num), key, None if labels is None else np.array(labels))
 
 
-def _overfitting(pipeline: MaskDMPipeline, config: Config, machine: Machine, training: ImageSet, heldout: ImageSet) -> dict[str, object]:
+def _overfitting(
+    pipeline: maskdm.MaskDMPipeline, config: Config, machine: Machine, training: ImageSet, heldout: ImageSet
+) -> dict[str, object]:
     losses = []
     for images in (training, heldout):
         places = images.places(MOST_DENOISED)

@@ -14,13 +14,13 @@ from PIL import Image
 from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
 from maskdm.draws import derive
-from maskdm.engine import Step, Trainer, autocast, snapshots
-from maskdm.masking import draw
+from maskdm.engine import Step, Trainer, autocast, matrix_ceiling, peak_memory, reset_peak_memory, snapshots
+from maskdm.masking import draw, num_kept
 from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
-from maskdm.runs.plan import stage_records
+from maskdm.runs.plan import flops, stage_records
 from maskdm.runs.sample import draw_images
 from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
@@ -65,6 +65,9 @@ class Observer:
         self._saved = -1
         self._snapshots = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
+        self._waited = 0.0
+        self._ceiling = matrix_ceiling(trainer.device, trainer.precision)
+        self._pieces = 0
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
 
@@ -81,6 +84,7 @@ class Observer:
         progress = self.trainer.progress
         if progress.stage < len(progress.stages):
             self._speed = (progress.stages[progress.stage].images, progress.seconds)
+            self._pieces = progress.stages[progress.stage].pieces
             self._snapshots = self._due(progress.stages[progress.stage].share(self.config.stages[progress.stage].budget))
 
     # --- each step ---
@@ -91,11 +95,17 @@ class Observer:
         if step.stage_step == 1:
             self.run.log("stage", step.number, stage=step.stage.name, state="start")
             self._speed = (0, self.trainer.progress.seconds - self._stage_seconds())
+            self._pieces = step.stage.accumulate
             self.watch.enter_stage()
             self._snapshots = 0
         self._losses += step.loss
         self._count += 1
+        grew = step.pieces > self._pieces
+        if grew:
+            self._say_pieces(step)
+        self._pieces = step.pieces
         if step.number % every.log == 0 or step.ends_stage or step.stage_step == 1:
+            self.trainer.settle()
             self._log(step, bar)
         ends = step.ends_stage
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
@@ -104,13 +114,23 @@ class Observer:
             if not ends and self.watch.gives_up(step):
                 self.trainer.end_stage()
                 ends = True
+            reset_peak_memory(self.trainer.device)  # of training steps alone
         if (every.sample and step.number % every.sample == 0) or ends:
             self._sample(step)
+            reset_peak_memory(self.trainer.device)
         early = ends and not step.ends_stage and self.config.ema.snapshots > 0
         if early or self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
             self._snapshot(step)
-        if step.number % every.save == 0 or ends:
+        if step.number % every.save == 0 or ends or grew:  # a resumed run must take up the pieces, or its sums are rounded otherwise
             self.save(step, ends)
+
+    def _say_pieces(self, step: Step) -> None:
+        size = step.stage.batch // step.pieces
+        self.run.log("memory", step.number, stage=step.stage.name, pieces=step.pieces, images=size)
+        self.note(
+            f"memory ran out: stage {step.stage.name} goes on in pieces of {size} images; its batch is {step.stage.batch} as before "
+            f"(--stages.{step.stage.name}.accumulate {step.pieces} begins so)"
+        )
 
     def _due(self, share: float) -> int:
         """Snapshots that this share of a stage's budget asks for."""
@@ -128,16 +148,30 @@ class Observer:
     def _log(self, step: Step, bar: TrainingBar) -> None:
         self._check_finite(step)
         loss = float(self._losses) / self._count
-        images, seconds = step.images - self._speed[0], step.seconds - self._speed[1]
-        figures = {"loss": loss, "lr": step.lr, "grad_norm": float(step.grad_norm), "images_per_second": images / max(seconds, 1e-9)}
+        images, seconds = step.images - self._speed[0], self.trainer.progress.seconds - self._speed[1]
+        figures = {"loss": loss, "lr": step.lr, "grad_norm": float(step.grad_norm)} | self._speeds(step, images, max(seconds, 1e-9))
         self.run.log(
             "train", step.number, stage=step.stage.name, stage_step=step.stage_step, images=step.images, seconds=step.seconds, **figures
         )
         self.trackers.scalars({f"train/{name}": value for name, value in figures.items()}, step.number)
-        bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures["images_per_second"], loss)
+        bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures)
         self._losses.zero_()
         self._count = 0
-        self._speed = (step.images, step.seconds)
+        self._speed = (step.images, self.trainer.progress.seconds)
+
+    def _speeds(self, step: Step, images: int, seconds: float) -> dict[str, float]:
+        """What `images` in `seconds` come to. The waiting and the peak of memory are those since the last line, too."""
+        waited, self._waited = step.data_seconds - self._waited, step.data_seconds
+        rate = images / seconds
+        found = {
+            "images_per_second": rate,
+            "tokens_per_second": rate * num_kept(step.stage.mask, self.config.grid),
+            "share_of_ceiling": rate * flops(self.config, step.stage.mask, 1) / self._ceiling,
+            "data_wait": waited / seconds,
+            "memory": float(peak_memory(self.trainer.device)),
+        }
+        reset_peak_memory(self.trainer.device)
+        return found
 
     def _check_finite(self, step: Step) -> None:
         for name, value in (("loss", float(step.loss)), ("gradient norm", float(step.grad_norm))):
@@ -180,8 +214,7 @@ class Observer:
 
     def _draw(self, num: int, labels: list[int] | None) -> NDArray[np.uint8]:
         pipeline = make_pipeline(self.trainer.average.model, self.config, self.classes)
-        with autocast(self.trainer.device, self.trainer.precision):
-            return draw_images(pipeline, self.config.sampling, range(num), labels, self.config.seed)
+        return draw_images(pipeline, self.config.sampling, range(num), labels, self.config.seed, self.trainer.precision)
 
     # --- the end ---
 

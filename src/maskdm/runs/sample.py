@@ -5,49 +5,74 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from maskdm.config import Config, Sampling, SchedulerName
+import maskdm
+from maskdm.config import Config, Hardware, Sampling, SchedulerName
 from maskdm.data import to_uint8
+from maskdm.engine import Precision, autocast, out_of_memory, this_machine
 from maskdm.errors import UserError, nearest
 from maskdm.pictures import grid, to_pil
 from maskdm.runs.directory import Weights
-from maskdm.sampling import MaskDMPipeline, make_scheduler, seeded
+from maskdm.sampling import make_scheduler, seeded
+
+TOKENS = {"cpu": 4096, "cuda": 1 << 18, "mps": 1 << 15}
+"""Patches that the network is given at once, unless the user says otherwise: enough to fill the machine (docs/performance.md)."""
+
+
+def fitting_batch(pipeline: maskdm.MaskDMPipeline, guidance: float = 1.0) -> int:
+    """Images to compute at a time: a function of the network and the kind of device, so that a seed gives the same images again."""
+    down, across = pipeline.unet.grid
+    twice = 2 if guidance != 1 and pipeline.unet.num_classes else 1
+    return max(1, TOKENS[pipeline.device.type] // (down * across * twice))
 
 
 def draw_images(
-    pipeline: MaskDMPipeline,
+    pipeline: maskdm.MaskDMPipeline,
     settings: Sampling,
     indices: range,
     labels: Sequence[int] | None,
     seed: int,
-    batch: int = 64,
+    precision: Precision,
+    batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.uint8]:
     """Draw the images with these indices, uint8 [len(indices), channels, height, width].
 
-    Image i starts from noise that is a function of (seed, i), so it does not depend on the batch or on the other images.
+    Image i starts from noise that is a function of (seed, i), so it does not depend on the batch or on the other images, but
+    for rounding. Where memory runs out, the batch is halved.
     """
+    batch = min(batch or fitting_batch(pipeline, settings.guidance), len(indices))
     drawn: list[NDArray[np.uint8]] = []
-    for start in range(0, len(indices), batch):
+    start = 0
+    while start < len(indices):
         here = indices[start : start + batch]
-        output = pipeline(
-            batch_size=len(here),
-            class_labels=None if labels is None else list(labels[start : start + batch]),
-            generator=seeded(seed, here),
-            num_inference_steps=settings.steps,
-            eta=settings.eta,
-            guidance_scale=settings.guidance,
-            output_type="pt",
-            return_dict=False,
-        )
+        try:
+            with autocast(pipeline.device, precision):
+                output = pipeline(
+                    batch_size=len(here),
+                    class_labels=None if labels is None else list(labels[start : start + batch]),
+                    generator=seeded(seed, here),
+                    num_inference_steps=settings.steps,
+                    eta=settings.eta,
+                    guidance_scale=settings.guidance,
+                    output_type="pt",
+                    return_dict=False,
+                )
+        except RuntimeError as error:
+            if not out_of_memory(error) or batch == 1:
+                raise
+            batch //= 2
+            continue
         images: torch.Tensor = output[0]  # pyright: ignore[reportIndexIssue]
         drawn.append(to_uint8(images.float() * 2 - 1).cpu().numpy())
+        start += len(here)
         if progress is not None:
-            progress(min(start + batch, len(indices)), len(indices))
+            progress(start, len(indices))
     return np.concatenate(drawn)
 
 
@@ -64,18 +89,22 @@ class SampleRequest:
     guidance: float | None = None
     seed: int = 0
     labels: tuple[str, ...] = ()
-    batch: int = 64
+    batch: int | None = None
+    precision: Precision | Literal["auto"] = "auto"
+    compile: bool = False
     weights: Weights = "ema"
     ema: float | None = None
     """Length (sigma_rel) of the average made from the snapshots; None: the one that training kept."""
 
 
-def sample(request: SampleRequest, pipeline: MaskDMPipeline, settings: Sampling, progress: Callable[[int, int], None] | None) -> list[Path]:
+def sample(
+    request: SampleRequest, pipeline: maskdm.MaskDMPipeline, settings: Sampling, progress: Callable[[int, int], None] | None
+) -> list[Path]:
     """Write sample-000000.png and so on, and grid.png, under settings from `sampling_settings`.
 
     Returns the paths, the grid last. Raises UserError.
     """
-    if request.num < 1 or request.batch < 1:
+    if request.num < 1 or (request.batch is not None and request.batch < 1):
         raise UserError("--num and --batch must be at least 1")
     pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
     labels = choose_labels(pipeline.config["class_names"], request.labels, request.num)
@@ -83,7 +112,10 @@ def sample(request: SampleRequest, pipeline: MaskDMPipeline, settings: Sampling,
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {request.out}: {error.strerror}") from None
-    images = draw_images(pipeline, settings, range(request.num), labels, request.seed, request.batch, progress)
+    precision = this_machine(Hardware(precision=request.precision)).precision
+    if request.compile:
+        pipeline.unet.compile()
+    images = draw_images(pipeline, settings, range(request.num), labels, request.seed, precision, request.batch, progress)
     paths = [request.out / f"sample-{i:06}.png" for i in range(request.num)]
     for image, path in zip(images, paths, strict=True):
         to_pil(image).save(path)

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import maskdm
 from maskdm.config import Config, Hardware
 from maskdm.engine import Trainer, checkpoint, snapshots, this_machine
 from maskdm.errors import UserError, nearest
 from maskdm.models import Denoiser, build
 from maskdm.runs.directory import RunDirectory, Weights
-from maskdm.sampling import MaskDMPipeline, make_scheduler
+from maskdm.sampling import make_scheduler
 
 
 def cache_directory() -> Path:
@@ -114,15 +115,15 @@ def reconstruct_ema(path: Path, sigma_rel: float, stage: str | None = None) -> t
     )
 
 
-def make_pipeline(model: Denoiser, config: Config, class_names: list[str]) -> MaskDMPipeline:
+def make_pipeline(model: Denoiser, config: Config, class_names: list[str]) -> maskdm.MaskDMPipeline:
     """A pipeline with the run's scheduler around a network."""
     scheduler = make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)
-    pipeline = MaskDMPipeline(model, scheduler, config.diffusion.target, config.diffusion.schedule, class_names)
+    pipeline = maskdm.MaskDMPipeline(model, scheduler, config.diffusion.target, config.diffusion.schedule, class_names)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
+def save_pipeline(pipeline: maskdm.MaskDMPipeline, folder: Path) -> None:
     """Write the model folder under another name, then put it in place."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -131,7 +132,7 @@ def save_pipeline(pipeline: MaskDMPipeline, folder: Path) -> None:
     os.replace(partial, folder)
 
 
-def load_pipeline(path: Path, weights: Weights = "ema", sigma_rel: float | None = None) -> tuple[MaskDMPipeline, str]:
+def load_pipeline(path: Path, weights: Weights = "ema", sigma_rel: float | None = None) -> tuple[maskdm.MaskDMPipeline, str]:
     """The pipeline of a run on this machine's device, and whence its weights.
 
     They are those of its latest checkpoint or the best ones, or averaged over `sigma_rel` at its last snapshot.

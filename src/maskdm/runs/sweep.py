@@ -182,7 +182,7 @@ def _kernel_measure(num: int, config: Config, dataset: Dataset, machine: Machine
 
     def measure(model: Denoiser) -> Measured:
         pipeline = make_pipeline(model, config, names)
-        drawn = draw_images(pipeline, config.sampling, range(num), labels, config.seed)
+        drawn = draw_images(pipeline, config.sampling, range(num), labels, config.seed, machine.precision)
         return Measured(kernel_distance(network.features(torch.from_numpy(drawn)), real).estimate)
 
     about = {"num_samples": num, "num_reference": len(real), "features": network.name, "sampling": asdict(config.sampling)}

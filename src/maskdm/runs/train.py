@@ -21,7 +21,7 @@ import maskdm
 from maskdm.config import Config
 from maskdm.data import Dataset, Loader, prepare
 from maskdm.draws import derive
-from maskdm.engine import Trainer, Transfer, checkpoint, environment, snapshots, transfer
+from maskdm.engine import Trainer, Transfer, checkpoint, environment, keep_freed_memory, snapshots, transfer
 from maskdm.errors import UserError
 from maskdm.models import Denoiser, build
 from maskdm.report import write_report
@@ -50,8 +50,8 @@ def train(request: TrainRequest, command: str, display: Display) -> str:
     if run.started and run.info()["status"] == "finished" and not resolved.changed:
         write_report(run.path)  # a kill may have come between the last two
         return f"{run.path} is finished already; nothing to do\n{_results(run)}"
-    _set_up_torch(config, resolved)
-    dataset = _prepare(resolved, display)
+    set_up_torch(config, resolved)
+    dataset = prepare_data(resolved, display)
     classes = list(dataset.class_names) if config.data.conditional else []
     model = build(config.model, config.data, len(classes))
     latest = latest_checkpoint(run)
@@ -86,13 +86,16 @@ def _results(run: RunDirectory) -> str:
     )
 
 
-def _set_up_torch(config: Config, resolved: Resolved) -> None:
+def set_up_torch(config: Config, resolved: Resolved) -> None:
+    """Threads, precision and the seed of the weights."""
+    keep_freed_memory()
     torch.set_num_threads(config.hardware.threads or resolved.machine.cores)
     torch.set_float32_matmul_precision("high" if resolved.machine.device.type == "cuda" else "highest")
     torch.manual_seed(derive("weights", config.seed))
 
 
-def _prepare(resolved: Resolved, display: Display) -> Dataset:
+def prepare_data(resolved: Resolved, display: Display) -> Dataset:
+    """The decoded images, and what is to be said of them."""
     started = time.perf_counter()
     with display.counting("decoding images") as progress:
         dataset = prepare(resolved.source, resolved.config.data, cache_directory(), progress)

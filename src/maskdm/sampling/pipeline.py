@@ -12,15 +12,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from maskdm.diffusion import Target, convert
-from maskdm.draws import derive
 from maskdm.errors import UserError
 from maskdm.models import Denoiser
 from maskdm.sampling.schedulers import TARGETS, prediction_type
-
-
-def seeded(seed: int, indices: range) -> list[torch.Generator]:
-    """One generator per image, a function of (seed, index): image i is the same in whatever batch it is drawn."""
-    return [torch.Generator().manual_seed(derive("sample", seed, i)) for i in indices]
 
 
 class MaskDMPipeline(DiffusionPipeline):
