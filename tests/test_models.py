@@ -100,7 +100,7 @@ def test_recomputing_activations_changes_no_gradient(kind: type[UViT] | type[DiT
     model = make(kind).train()
     x = torch.randn(2, 1, 8, 8)
     gradients: list[torch.Tensor] = []
-    for recompute in ("none", "selective", "all"):
+    for recompute in ("off", "selective", "all"):
         model.recompute(recompute)
         model.zero_grad()
         model(x, 300).sample.square().mean().backward()
@@ -112,7 +112,7 @@ def test_recomputing_activations_changes_no_gradient(kind: type[UViT] | type[DiT
 def test_recomputing_all_repeats_the_products_and_selective_only_the_rest(kind: type[UViT] | type[DiT]) -> None:
     model, inputs = make(kind).train(), torch.randn(2, 1, 8, 8)
 
-    def run(what: Literal["none", "selective", "all"]) -> tuple[int, int]:
+    def run(what: Literal["off", "selective", "all"]) -> tuple[int, int]:
         """Matrix products, and other operations, of both passes."""
         model.recompute(what)
         ran: list[str] = []
@@ -127,7 +127,7 @@ def test_recomputing_all_repeats_the_products_and_selective_only_the_rest(kind: 
         products = [name for name in ran if name in ("mm", "addmm", "bmm")]
         return len(products), len(ran) - len(products)
 
-    none, selective, everything = run("none"), run("selective"), run("all")
+    none, selective, everything = run("off"), run("selective"), run("all")
     assert none[0] == selective[0] < everything[0]
     assert none[1] < selective[1]
 

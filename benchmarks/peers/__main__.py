@@ -5,7 +5,8 @@
 A clone is a folder made by `git clone` from github.com/jiachenlei/maskdm, baofff/U-ViT, Anima-Lab/MaskDiT or willisma/SiT; what is not
 given is left out. Needs einops. All have the same width, depth, heads, patches, optimizer (fused AdamW) and an average
 of the weights; each is timed in fp32 and in bf16 autocast, and stands in the table with its faster one. A masked row
-holds the visible patches of a batch about constant: its batch grows with the share hidden.
+holds the visible patches of a batch about constant: its batch grows with the share hidden, but for a network whose decoder works on
+all patches.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def mask_of(hidden: float) -> Mask:
 
 def steps(options: argparse.Namespace, shape: Shape, batch: int, hidden: float, device: torch.device) -> list[Arm]:
     """All arms of one row: ours, then the peers that mask (or all of them, on whole images), in both precisions."""
-    batch = max(1, round(batch / (1 - hidden)))
+    whole, batch = batch, max(1, round(batch / (1 - hidden)))
     arms: list[Arm] = []
     ours: dict[str, Model] = {
         "maskdm uvit": UViTConfig(shape.width, shape.depth, shape.heads, shape.patch),
@@ -92,7 +93,8 @@ def steps(options: argparse.Namespace, shape: Shape, batch: int, hidden: float, 
                 continue
             peer = make(clone, shape)
             if peer.masks or hidden == 0:
-                arms.append(Arm(f"{name} {precision}", PeerStep(peer, shape, batch, hidden, dtype, device, options.compile)))
+                size = whole if peer.decodes else batch
+                arms.append(Arm(f"{name} {precision}", PeerStep(peer, shape, size, hidden, dtype, device, options.compile)))
         if hidden == 0 and not options.no_unet:
             parameters = sum(p.numel() for p in arms[0].step.trainer.model.parameters())  # type: ignore[attr-defined]
             peer = adapters.unet(shape, parameters)

@@ -37,12 +37,13 @@ class Shape:
 class Peer:
     """A network, and its loss on noised images [batch, 3, side, side], noise, times [batch] (0..999), at a share of hidden patches.
 
-    `masks` says whether it trains on part of the patches at all.
+    `masks` says whether it trains on part of the patches at all; `decodes`, whether a decoder then works on all of them.
     """
 
     network: nn.Module
     loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     masks: bool
+    decodes: bool = False
 
 
 def load_file(path: Path, package: str | None = None) -> ModuleType:
@@ -129,7 +130,7 @@ def maskdit(clone: Path, shape: Shape) -> Peer:
         mask = output["mask"]
         return (per_patch * (1 - mask)).sum() / (1 - mask).sum() + 0.1 * (per_patch * mask).sum() / mask.sum()
 
-    return Peer(network, loss, masks=True)
+    return Peer(network, loss, masks=True, decodes=True)
 
 
 def sit(clone: Path, shape: Shape) -> Peer:

@@ -94,9 +94,9 @@ class Hardware:
     ] = "auto"
     compile: Annotated[bool, "compile the network with torch.compile: slow to start, faster steps"] = False
     checkpoint_activations: Annotated[
-        Literal["none", "selective", "all"],
-        "recompute in the backward pass, for less memory: none; selective, all but the matrix products; or all, a third slower",
-    ] = "none"
+        Literal["off", "selective", "all"],
+        "recompute in the backward pass, for less memory: off; selective, all but the matrix products; or all, a third slower",
+    ] = "off"
     threads: Annotated[int, "CPU threads; 0 for all cores"] = 0
 
     def __post_init__(self) -> None:

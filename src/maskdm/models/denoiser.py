@@ -85,10 +85,10 @@ class Denoiser(ModelMixin, ConfigMixin):
         """Predict the target on patches [batch, kept, features]."""
         raise NotImplementedError
 
-    def recompute(self, what: Literal["none", "selective", "all"]) -> None:
+    def recompute(self, what: Literal["off", "selective", "all"]) -> None:
         """What a block's backward pass computes again instead of keeping: nothing, all but matrix products and attention, or all."""
         match what:
-            case "none":
+            case "off":
                 self.disable_gradient_checkpointing()
             case "selective":
                 context = partial(create_selective_checkpoint_contexts, _KEPT)
