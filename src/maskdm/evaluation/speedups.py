@@ -14,7 +14,7 @@ import numpy as np
 from maskdm.evaluation.intervals import Estimate
 
 MARGIN = 1.05
-"""Speed-ups below it, either way, are called no difference that counts: two arms that are the same differ by that much on a busy machine."""
+"""Speed-ups nearer to 1 count as no difference: two arms that are the same differ by that much on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def compare_curves(arm: str, curves: Sequence[Curve], against: str, others: Sequ
     if low > 1 and mean >= MARGIN:
         text = f"{arm}: reaches {against}'s best quality {mean:.2f}x sooner ({span})"
     elif high < 1 and mean <= 1 / MARGIN:
-        text = f"no gain here: {against} reaches {arm}'s best quality {1 / mean:.2f}x sooner (95 % interval {1 / high:.2f} to {1 / low:.2f}, {len(ratios)} seeds)"
+        back = f"95 % interval {1 / high:.2f} to {1 / low:.2f}, {len(ratios)} seeds"
+        text = f"no gain here: {against} reaches {arm}'s best quality {1 / mean:.2f}x sooner ({back})"
     elif low > 1 / MARGIN and high < MARGIN:
         text = f"no difference: {arm} and {against} are as fast, to {MARGIN - 1:.0%} (speed-up {mean:.2f}, {span})"
     else:

@@ -1,4 +1,4 @@
-"""The arms of a comparison: what `--arms` may say, and the stages that each becomes at a budget."""
+"""The arms of a comparison: what `--arms` may say (`maskdm compare --help`), and the stages that each becomes at a budget."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ from dataclasses import dataclass, replace
 
 from maskdm.config import BlockMask, Budget, Config, CropMask, Mask, NoMask, PatchMask, Stage
 from maskdm.errors import UserError, nearest
-
-ABOUT = (
-    "whole; or masked stages joined by +, each MASK[-HIDDEN][@SHARE][/KEY=VALUE ...], such as patch-50@60, block4-75@50/batch=256, "
-    "patch-90@30+patch-50@30, crop8: HIDDEN in %, SHARE in % of the budget, keys batch, lr, warmup, decay, start_from; what is left of the "
-    "budget goes to whole images; NAME=ARM gives a name; maskdm is the recipe's own first stage"
-)
 
 SHARE = 0.5
 """Of the budget, for a masked stage that names none."""

@@ -100,21 +100,21 @@ class Contestant:
     """One arm under one seed: a trainer, what has been measured of it, and where both are kept."""
 
     def __init__(self, arm: Arm, config: Config, folder: Path, dataset: Dataset, rows: NDArray[np.int64], machine: Machine) -> None:
-        self.arm, self.config, self.folder = arm, config, folder
+        self.arm, self.config, self.folder = arm, config, folder / f"seed-{config.seed}"
         classes = len(dataset.class_names) if config.data.conditional else 0
         torch.manual_seed(derive("weights", config.seed))
         model = build(config.model, config.data, classes)
         self.trainer = Trainer(config, Loader(dataset, rows, config.seed), model, machine.device, machine.precision)
         self.records: list[Record] = []
         self.final: dict[str, Any] | None = None
-        found = checkpoint.names(folder)
+        found = checkpoint.names(self.folder)
         if found:
-            saved = checkpoint.load(folder / found[-1])
+            saved = checkpoint.load(self.folder / found[-1])
             self.trainer.restore(saved.tensors, saved.numbers)
             self.records = saved.numbers["records"]
         self._steps = self.trainer.run()
-        if (folder / "final.json").is_file():
-            self.final = json.loads((folder / "final.json").read_text())
+        if (self.folder / "final.json").is_file():
+            self.final = json.loads((self.folder / "final.json").read_text())
 
     def spent(self) -> Record:
         """Seconds, steps, images and FLOPs so far."""
@@ -155,15 +155,9 @@ def compare(request: CompareRequest, display: Display) -> str:
     training, heldout = dataset.split(base.data.heldout, base.seed)
     if len(heldout) < LEAST_MEASURED:
         raise UserError(f"{len(heldout)} held-out images are too few to compare by; hold at least {LEAST_MEASURED} out (--heldout)")
+    budgets = cost.stage_budget(base)
     contestants = [
-        Contestant(
-            arm,
-            arm.config(base, base.seed + i, cost.stage_budget(base)),
-            out / "arms" / arm.name / f"seed-{i}",
-            dataset,
-            training,
-            resolved.machine,
-        )
+        Contestant(arm, arm.config(base, base.seed + i, budgets), out / "arms" / arm.name, dataset, training, resolved.machine)
         for i in range(request.seeds)
         for arm in arms
     ]
@@ -290,5 +284,5 @@ class _Judge:
         subject = Subject(samples, self.training, self.heldout, names)
         about = {"sampling": to_plain(self.base)["sampling"], "seed": each.config.seed, "classes": None if labels is None else CLASSES}
         found = evaluate_samples(extractor, subject, about, MAX_REFERENCE, overfitting(*losses))
-        grid(pixels[:64].transpose(0, 3, 1, 2), columns=8).save(each.folder / "samples.png")
+        grid(drawn[:64], columns=8).save(each.folder / "samples.png")
         return found.measures
