@@ -1,1 +1,5 @@
-"""Timings and measurements, run by hand or by `make bench`; no part of the package."""
+"""Measurements: `python -m benchmarks.NAME`; see docs/performance.md and docs/evaluation.md."""
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does, before torch is imported

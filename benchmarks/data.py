@@ -27,7 +27,7 @@ from benchmarks.ours import OurStep
 from benchmarks.timing import results_directory, write_rows
 from maskdm.config import Data, DiTConfig, Hardware, PatchMask
 from maskdm.data import Loader, open_source, prepare
-from maskdm.engine import environment, this_machine
+from maskdm.engine import Machine, environment, this_machine
 
 
 def write_photos(folder: Path, count: int, side: int) -> None:
@@ -101,7 +101,7 @@ def decode_rates(count: int, side: int, size: int) -> dict[str, float]:
         return {name: statistics.median(rates) for name, rates in found.items()}
 
 
-def packed_rates(side: int, batch: int, device: torch.device) -> dict[str, float]:
+def packed_rates(side: int, batch: int, machine: Machine) -> dict[str, float]:
     """Images a second from a memory-mapped file, and what training at 75 % masking takes."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "images.npy"
@@ -112,7 +112,7 @@ def packed_rates(side: int, batch: int, device: torch.device) -> dict[str, float
         mapped = type(data)(np.load(path, mmap_mode="r"), None, (), "", "", (), (), path)
         loader = Loader(mapped, np.arange(len(mapped.images)), 0)
         times = [seconds(lambda i=i: loader.batch(i * batch, batch)) for i in range(60)]
-        step = OurStep(DiTConfig(384, 9, 6, 4), side, batch, PatchMask(0.75), "bf16", device)
+        step = OurStep(DiTConfig(384, 9, 6, 4), side, batch, PatchMask(0.75), machine.precision, machine.device)
         for number in range(2):
             step(number)
         return {
@@ -133,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(machine.cores)
     rows: list[dict[str, Any]] = []
     for side, batch in ((32, 256), (64, 64)):
-        rates = packed_rates(side, batch, machine.device)
+        rates = packed_rates(side, batch, machine)
         rows.append({"what": "packed", "side": side, "batch": batch} | rates)
         print(
             f"{side} px, batch {batch}: packed {rates['packed']:.0f} images/s, training eats {rates['training']:.0f}:",

@@ -11,7 +11,9 @@ from maskdm.config import Budget, Config, Data, Diffusion, Ema, Hardware, Mask, 
 from maskdm.data import Dataset, Loader
 from maskdm.engine import Trainer, this_machine
 from maskdm.engine.trainer import Precision
+from maskdm.masking import hidden_rate
 from maskdm.models import build
+from maskdm.runs.plan import flops
 
 
 def synthetic(count: int, side: int) -> Dataset:
@@ -24,18 +26,37 @@ class OurStep:
     """A step of the trainer, all that a run does but logging, evaluation and saving."""
 
     def __init__(
-        self, model: Model, side: int, batch: int, mask: Mask, precision: Precision, device: torch.device, compile: bool = False
+        self,
+        model: Model,
+        side: int,
+        batch: int,
+        mask: Mask,
+        precision: Precision,
+        device: torch.device,
+        compile: bool = False,
+        ema: Ema | None = None,
     ) -> None:
         data = Data("synthetic", (side, side), conditional=False)
         stage = Stage("s", Budget(steps=10**9), mask, batch=batch, lr=1e-4)
         hardware = Hardware(device="cuda" if device.type == "cuda" else "cpu", compile=compile)
-        self.config = Config(data, model, (stage,), diffusion=Diffusion(), optimizer=Optimizer(), ema=Ema(snapshots=0), hardware=hardware)
+        self.config = Config(data, model, (stage,), diffusion=Diffusion(), optimizer=Optimizer(), ema=ema or Ema(), hardware=hardware)
         network = build(model, data, 0)
         loader = Loader(synthetic(max(256, batch), side), np.arange(max(256, batch)), 0)
         self.trainer = Trainer(self.config, loader, network, this_machine(hardware).device, precision)
         self.images = batch
         self._steps = self.trainer.run()
 
+    @property
+    def flops(self) -> float:
+        """Arithmetic of a step."""
+        return flops(self.config, self.config.stages[0].mask, self.images)
+
+    @property
+    def keep(self) -> float:
+        """True share of the patches seen."""
+        return 1 - hidden_rate(self.config.stages[0].mask, self.config.grid)
+
     def __call__(self, number: int) -> None:
         """One step."""
-        next(self._steps)
+        if next(self._steps).pieces > 1:
+            raise SystemExit(f"a batch of {self.images} does not fit in memory at once; its time would mislead")

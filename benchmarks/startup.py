@@ -1,6 +1,6 @@
 """How long a command takes to answer: `python -m benchmarks.startup [--out FILE.json]`.
 
-`maskdm --help`, `maskdm plan --help`, and `maskdm train digits` from the command to the end of its first step, with nothing prepared
+`maskdm --help`, and `maskdm train digits` from the command to the end of its first step, with nothing prepared
 and with the data prepared before. Medians of new processes.
 """
 

@@ -2,11 +2,11 @@
 
 `python -m benchmarks.steps [--full] [--phases] [--out FILE.json]`
 
-A step is the trainer's own: reading a batch, draws, forward, backward, clipping, AdamW, averaging; synthetic images in
-memory. Each network is timed in fp32 and bf16, interleaved, medians; a row shows its faster one. The batch grows as patches are
-hidden, so that a step keeps about as many visible patches. `ideal` is (1/r)(6d + N)/(6d + rN) images per second of the
-fastest whole step; `ceiling` is the FLOP/s of square matrix products in the same precision. With --phases the parts of a
-step, from torch's profiler. Prints a table, and last one line of JSON.
+A step is the trainer's own: reading a batch, draws, forward, backward, clipping, AdamW, averaging (the average and the two of
+snapshots); synthetic images in memory. Each network is timed in fp32 and bf16, interleaved, medians; a row shows its faster one.
+The batch grows as patches are hidden, so that a step keeps about as many visible patches. `ideal` is (1/r)(6d + N)/(6d + rN)
+images per second of the fastest whole step; `ceiling` is the FLOP/s of square matrix products in the same precision. With --phases
+the parts of a step, from torch's profiler. Prints a table, and last one line of JSON.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from benchmarks.ours import OurStep
-from benchmarks.timing import Arm, ceiling, interleave, measured_flops, results_directory, write_rows
+from benchmarks.timing import Arm, interleave, results_directory, write_rows
 from maskdm.config import DiTConfig, Hardware, Mask, Model, NoMask, PatchMask, UViTConfig
-from maskdm.engine import environment, this_machine
+from maskdm.engine import environment, matrix_ceiling, this_machine
 from maskdm.engine.trainer import Precision
 from maskdm.runs.plan import ideal_speedup
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: tuple[Precision, ...] = ("fp32", "bf16")
 HIDDEN = (0.0, 0.5, 0.75, 0.9)
 SHORT = [("uvit", 384, 9, 64, 4, 16), ("dit", 384, 9, 64, 4, 16), ("dit", 192, 9, 32, 4, 64), ("uvit", 384, 5, 128, 4, 4)]
 """Network, width, depth, side and patch in pixels, images in a batch of whole ones."""
@@ -74,7 +74,7 @@ def main() -> None:
     machine = this_machine(Hardware())
     torch.set_num_threads(machine.cores)
     device = machine.device
-    ceilings = {name: ceiling(device, dtype) for name, dtype in DTYPES.items()}
+    ceilings = {name: matrix_ceiling(device, name) for name in DTYPES}
     print(
         f"{machine.name}, {machine.cores} cores; matrix products: " + ", ".join(f"{n} {c / 1e12:.2f} TFLOP/s" for n, c in ceilings.items())
     )
@@ -99,21 +99,20 @@ def main() -> None:
             step = arm.step
             assert isinstance(step, OurStep)
             ideal = ideal_speedup(step.config, step.config.stages[0].mask)
-            flops = measured_flops(lambda step=step: step(0)) / step.images
             row = {
                 "model": kind,
                 "width": width,
                 "depth": depth,
                 "tokens": tokens,
-                "keep": 1 - hidden,
+                "keep": step.keep,
                 "batch": step.images,
                 "dtype": precision,
                 "images_per_s": arm.images_per_second,
                 "images_per_s_other": {p: arms[hidden, p].images_per_second for p in DTYPES},
                 "step_ms": arm.median * 1e3,
-                "tokens_per_s": arm.images_per_second * tokens * (1 - hidden),
-                "flops_per_image": flops,
-                "share_of_ceiling": flops * arm.images_per_second / ceilings[precision],
+                "tokens_per_s": arm.images_per_second * tokens * step.keep,
+                "flops_per_image": step.flops / step.images,
+                "share_of_ceiling": step.flops / arm.median / ceilings[precision],
                 "speedup": arm.images_per_second / whole,
                 "measured_over_ideal": arm.images_per_second / whole / ideal,
             }

@@ -1,23 +1,20 @@
-"""What the benchmarks share: training steps to time, the machine's matrix-product ceiling, interleaving, JSON by hardware."""
+"""What the benchmarks share: training steps to time, interleaving, JSON by hardware."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
-
 import torch
-from torch import Tensor
 
 from maskdm.engine import keep_freed_memory
+from maskdm.engine.hardware import synchronize
 
 keep_freed_memory()  # as `maskdm train` does
 
@@ -51,12 +48,6 @@ class Arm:
         return self.step.images / self.median
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def interleave(arms: Sequence[Arm], device: torch.device, repeats: int, warm: int = 2, least: float = 0.0) -> None:
     """Time the arms in turns, so that a drifting machine hurts all alike: `repeats` rounds, after `warm` that do not count.
 
@@ -74,23 +65,6 @@ def interleave(arms: Sequence[Arm], device: torch.device, repeats: int, warm: in
                 arm.seconds.append((time.perf_counter() - started) / count)
 
 
-def ceiling(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 1.0) -> float:
-    """FLOP/s of square matrix products: what the machine can do, measured, not read from a data sheet. The best of the repetitions."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best, ends = float("inf"), time.perf_counter() + seconds
-    for _ in range(3):
-        a @ b
-    while time.perf_counter() < ends:
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(10 if device.type == "cuda" else 1):
-            a @ b
-        synchronize(device)
-        best = min(best, (time.perf_counter() - started) / (10 if device.type == "cuda" else 1))
-    return 2.0 * size**3 / best
-
-
 @contextlib.contextmanager
 def cast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Autocast to bf16; nothing for fp32."""
@@ -99,15 +73,6 @@ def cast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     else:
         with torch.autocast(device.type, dtype):
             yield
-
-
-def measured_flops(run: Callable[[], Any]) -> int:
-    """Floating-point operations of matrix products and attention in a call, forward and backward, as torch counts them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
 
 
 def results_directory(device: torch.device) -> Path:
@@ -124,8 +89,3 @@ def write_rows(path: Path, head: dict[str, Any], rows: list[dict[str, Any]]) -> 
     """Keep rows with what they depend on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
-
-
-def scalar(value: Tensor) -> float:
-    """Read a value of the device: waits for it."""
-    return float(value.detach())

@@ -14,9 +14,10 @@ PUBLIC = {
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"],
     "maskdm.engine": [
-        "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "Ranks", "StageProgress", "Step", "Trainer", "Transfer",
-        "autocast", "available_memory", "environment", "join_ranks", "learning_rate", "make_optimizer", "matrix_ceiling", "peak_memory",
-        "reset_peak_memory", "this_machine", "transfer",
+        "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "Ranks", "Precision", "StageProgress", "Step", "Trainer",
+        "Transfer", "autocast", "available_memory", "environment", "give_back_freed_memory", "join_ranks", "keep_freed_memory",
+        "learning_rate", "make_optimizer", "matrix_ceiling", "more_pieces", "out_of_memory", "peak_memory", "reset_peak_memory",
+        "this_machine", "transfer",
     ],
     "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded"],
     "maskdm.evaluation": [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskdm.config import Budget, Config, DiTConfig, Ema, Hardware, Model, Optimizer, PatchMask, Stage, UViTConfig
 from maskdm.data import Dataset, Loader, open_source, prepare
-from maskdm.engine import Average, Trainer, checkpoint, learning_rate, make_optimizer, transfer
+from maskdm.engine import Average, Trainer, checkpoint, learning_rate, make_optimizer, more_pieces, transfer
 from maskdm.errors import UserError
 from maskdm.models import DiT, UViT, build
 from maskdm.recipes import recipe
@@ -135,21 +135,38 @@ def test_memory_that_runs_out_halves_the_pieces_and_changes_no_step(
     error: Exception, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = replace(config(), stages=tuple(replace(stage, accumulate=1) for stage in config().stages))
-    pieces = (4, 4)  # of 12 and of 8 images, where no more than 3 fit
+    pieces = (4, 4)  # of 12 and of 8 images
     in_pieces = replace(config(), stages=tuple(replace(s, accumulate=n) for s, n in zip(config().stages, pieces, strict=True)))
     expected = trainer(in_pieces, dataset)
     list(expected.run())
     cramped = trainer(asked, dataset)
-    plain = UViT.denoise
+    plain, calls = UViT.denoise, 0
 
     def denoise(self: UViT, patches: Tensor, *rest: Any) -> Tensor:
-        if len(patches) > 3:
+        """Memory lasts for a first piece of six, so that the failure leaves gradients behind, but for no second one."""
+        nonlocal calls
+        calls += 1
+        if len(patches) > 6 or (len(patches) > 3 and calls % 2):
             raise error
         return plain(self, patches, *rest)
 
     monkeypatch.setattr(UViT, "denoise", denoise)
     assert [step.pieces for step in cramped.run()] == [4] * 5 + [4] * 4
     assert all(torch.equal(flat(expected.tensors())[name], value) for name, value in flat(cramped.tensors()).items())
+
+
+def test_pieces_are_of_equal_size() -> None:
+    assert [more_pieces(12, n) for n in (1, 2, 3, 4, 6, 12)] == [2, 4, 6, 12, 12, 12]
+    assert [more_pieces(100, n) for n in (1, 2, 4)] == [2, 4, 10] and more_pieces(7, 1) == 7 and more_pieces(1, 1) == 1
+
+
+def test_another_accumulate_holds_from_where_a_run_goes_on(dataset: Dataset) -> None:
+    first = trainer(config(), dataset)
+    steps(first.run(), 2)
+    asked = replace(config(), stages=tuple(replace(stage, accumulate=4) for stage in config().stages))
+    second = trainer(asked, dataset)
+    second.restore(first.tensors(), first.numbers())
+    assert next(second.run()).pieces == 4
 
 
 def test_memory_too_small_for_one_image_is_an_error(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

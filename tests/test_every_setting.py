@@ -146,9 +146,8 @@ def effects(config: Config, cache: Path) -> str:
         for name in sorted(group):
             digest.update(name.encode() + str(group[name].shape).encode() + group[name].numpy().tobytes())
     names = list(dataset.class_names) if config.data.conditional else []
-    drawn = draw_images(
-        make_pipeline(trainer.average.model, config, names), config.sampling, range(2), [0, 1] if names else None, config.seed
-    )
+    pipeline = make_pipeline(trainer.average.model, config, names)
+    drawn = draw_images(pipeline, config.sampling, range(2), [0, 1] if names else None, config.seed, "fp32")
     return digest.hexdigest() + hashlib.sha256(drawn.tobytes()).hexdigest()
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from maskdm.cli import run_command
 from maskdm.config import Config, NoMask
+from maskdm.data import Dataset
 from maskdm.engine import available_memory, peak_memory, reset_peak_memory
+from maskdm.models import DiT
 from maskdm.recipes import recipe
 from maskdm.runs import forecast
 from maskdm.runs.forecast import StageForecast, advise
+from maskdm.settings import override
 
 SMALL = ["--model.width", "32", "--depth", "2", "--heads", "2", "--pretrain.batch", "16", "--finetune.batch", "8"]
 BUDGETS = [
@@ -143,4 +149,63 @@ def test_the_peak_of_memory_is_of_what_came_since() -> None:
     assert peak_memory(cpu) - before > 48 << 20
     del block
     assert available_memory(cpu) > 64 << 20
-    assert isinstance(config().stages[-1].mask, NoMask)
+
+
+def test_what_is_advised_can_be_given(tmp_path: Path) -> None:
+    """Flags in the advice are settings of the run that it is about."""
+    base = config(16)
+    masked = tuple(stage(each.name, pieces=4) for each in base.stages)
+    flags = re.findall(r"--(stages[\w.]+) (\w+)", " ".join(advise(base, 100, masked)))
+    assert [name.rpartition(".")[2] for name, _ in flags] == ["mask", "mask", "accumulate", "accumulate"]
+    changed = override(base, flags)
+    assert all(isinstance(each.mask, NoMask) and each.accumulate == 4 for each in changed.stages)
+
+
+def test_what_evaluations_and_samples_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 30 whole images a second a forward pass of an image is 1/90 s."""
+    base = recipe("cifar10", "x")
+    base = replace(base, intervals=replace(base.intervals, evaluate=50, sample=0), sampling=replace(base.sampling, num=9, steps=10))
+    monkeypatch.setattr(Dataset, "split", lambda *_: (np.arange(47_500), np.arange(2_500)))
+    dataset = Dataset(np.zeros((2, 4, 4, 3), dtype=np.uint8), None, (), "", "", (), (), Path("x"))
+    whole = forecast._Measured(1.0, 0, 1, 30)  # pyright: ignore[reportPrivateUsage]
+    seconds = forecast._other_seconds(base, dataset, (stage(steps=60), stage(steps=60)), whole)  # pyright: ignore[reportPrivateUsage]
+    evaluations, grids, last = 2 + 2, 2, 50 + 6
+    assert seconds == pytest.approx((evaluations * 2 * 256 * 8 + (grids * 9 + last) * 10) / 90)
+
+
+def test_a_directory_is_no_file_for_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["plan", "digits", "--recipe", "digits", "--out", str(tmp_path)]) == 2
+    assert "is a directory; name a JSON file" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_is_said_once_a_stage_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    plain = DiT.denoise
+
+    def denoise(self: DiT, patches: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if self.training and len(patches) > 4:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return plain(self, patches, *rest)
+
+    monkeypatch.setattr(DiT, "denoise", denoise)
+    run = tmp_path / "run"
+    quick = ["--sampling.num", "2", "--sampling.steps", "2", "--tracking", "none", "--ema.snapshots", "0"]
+    assert run_command(["train", "digits", "--recipe", "digits", *SMALL, *BUDGETS, *quick, "--out", str(run)]) == 0
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    told = [(e["stage"], e["step"], e["pieces"], e["images"]) for e in events if e["event"] == "memory"]
+    assert told == [("pretrain", 1, 4, 4), ("finetune", 41, 2, 4)]
+    figures = next(e for e in events if e["event"] == "train")
+    assert 0 < figures["share_of_ceiling"] < 2 and figures["tokens_per_second"] > 0 and figures["memory"] > 0
+    assert 0 <= figures["data_wait"] < 1
+
+
+def test_memory_that_never_suffices_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denoise(self: DiT, *_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(DiT, "denoise", denoise)
+    assert run_command(["train", "digits", "--recipe", "digits", *SMALL, "--tracking", "none", "--out", str(tmp_path / "run")]) == 1
+    assert "memory ran out, with one image at a time too" in capsys.readouterr().err.splitlines()[-1]

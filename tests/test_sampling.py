@@ -9,10 +9,11 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from maskdm.config import SCHEDULERS
+from maskdm.config import SCHEDULERS, Sampling
 from maskdm.diffusion import Schedule, Target, alpha_sigma, convert
 from maskdm.errors import UserError
 from maskdm.models import Denoiser, DenoiserOutput, UViT
+from maskdm.runs.sample import draw_images, fitting_batch
 from maskdm.sampling import MaskDMPipeline, make_scheduler, offered, seeded
 
 MEAN = torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64)
@@ -131,3 +132,29 @@ def test_saved_pipelines_open_again_and_unconditional_ones_in_the_stock_pipeline
     ours: Any = pipeline(2, generator=torch.Generator().manual_seed(0), num_inference_steps=5, output_type="np")
     assert images.images.shape == (2, 8, 8, 1)
     assert abs(images.images - ours.images).mean() < 0.2
+
+
+def test_the_batch_that_fits_is_halved_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, sizes = small(), list[int]()
+    settings = Sampling(steps=2)
+    expected = draw_images(pipeline, settings, range(7), [0] * 7, 3, "fp32", batch=7)
+    plain = UViT.denoise
+
+    def denoise(self: UViT, patches: Tensor, *rest: Any) -> Tensor:
+        if len(patches) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        sizes.append(len(patches))
+        return plain(self, patches, *rest)
+
+    monkeypatch.setattr(UViT, "denoise", denoise)
+    drawn = draw_images(pipeline, settings, range(7), [0] * 7, 3, "fp32")
+    assert sizes == [1] * 14  # 7, 3, 1
+    assert abs(drawn.astype(int) - expected).max() <= 1
+    assert fitting_batch(pipeline) == 4096 // 16 and fitting_batch(pipeline, 3.0) == 4096 // 32
+
+
+def test_half_precision_draws_about_the_same() -> None:
+    pipeline = small()
+    exact, rounded = (draw_images(pipeline, Sampling(steps=10), range(4), [0, 1, 2, 0], 3, p) for p in ("fp32", "bf16"))
+    apart = abs(exact.astype(int) - rounded)
+    assert 0 < apart.mean() < 3 and not (exact == rounded).all()

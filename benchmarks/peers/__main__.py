@@ -3,10 +3,10 @@
 `python -m benchmarks.peers --maskdm CLONE --uvit CLONE --maskdit CLONE --sit CLONE [--case small ...] [--out FILE.json]`
 
 A clone is a folder made by `git clone` from github.com/jiachenlei/maskdm, baofff/U-ViT, Anima-Lab/MaskDiT or willisma/SiT; what is not
-given is left out. Needs einops. All have the same width, depth, heads, patches, optimizer (fused AdamW) and an average
-of the weights; each is timed in fp32 and in bf16 autocast, and stands in the table with its faster one. A masked row
-holds the visible patches of a batch about constant: its batch grows with the share hidden, but for a network whose decoder works on
-all patches.
+given is left out. Needs einops. All have the same width, depth, heads, patches, optimizer (fused AdamW) and an average of the weights
+(MaskDiT a decoder of its own besides); each is timed in fp32 and in bf16 autocast, and stands in the table with its faster one. A
+masked row holds the visible patches of a batch about constant: its batch grows with the share hidden, but for a network whose decoder
+works on all patches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.ours import OurStep
 from benchmarks.peers import adapters
 from benchmarks.peers.adapters import Peer, Shape
 from benchmarks.timing import Arm, cast, interleave, results_directory, write_rows
-from maskdm.config import DiTConfig, Hardware, Mask, Model, NoMask, PatchMask, UViTConfig
+from maskdm.config import DiTConfig, Ema, Hardware, Mask, Model, NoMask, PatchMask, UViTConfig
 from maskdm.engine import environment, this_machine
 from maskdm.engine.trainer import Precision
 
@@ -50,10 +50,10 @@ class PeerStep:
         parameters = [p for p in peer.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         self.parameters, self.average = parameters, [copy.deepcopy(p.detach()) for p in parameters]
-        self.data = torch.randint(0, 256, (max(256, batch), 3, shape.side, shape.side), dtype=torch.uint8)
+        self.data = torch.randint(0, 256, (max(256, batch), 3, shape.side, shape.side), dtype=torch.uint8, device=device)
 
     def __call__(self, number: int) -> None:
-        images = self.data[torch.randperm(len(self.data))[: self.images]].to(self.device).float() / 127.5 - 1
+        images = self.data[torch.randperm(len(self.data), device=self.device)[: self.images]].float() / 127.5 - 1
         noise, t = torch.randn_like(images), torch.randint(0, 1000, (len(images),), device=self.device)
         level = (t.float() / 1000)[:, None, None, None]
         with cast(self.device, self.dtype):
@@ -64,6 +64,12 @@ class PeerStep:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.parameters, 0.001)  # pyright: ignore[reportPrivateUsage] - there is no public form
+
+
+def parameters(arm: Arm) -> int:
+    """Of its network."""
+    network = arm.step.trainer.model if isinstance(arm.step, OurStep) else arm.step.peer.network  # type: ignore[attr-defined]
+    return sum(p.numel() for p in network.parameters())
 
 
 def mask_of(hidden: float) -> Mask:
@@ -81,7 +87,8 @@ def steps(options: argparse.Namespace, shape: Shape, batch: int, hidden: float, 
     }
     for precision, dtype in PRECISIONS.items():
         for name, model in ours.items():
-            arms.append(Arm(f"{name} {precision}", OurStep(model, shape.side, batch, mask_of(hidden), precision, device, options.compile)))
+            step = OurStep(model, shape.side, batch, mask_of(hidden), precision, device, options.compile, Ema(snapshots=0))
+            arms.append(Arm(f"{name} {precision}", step))
         for name, make in (
             ("authors", adapters.maskdm_authors),
             ("u-vit", adapters.uvit),
@@ -96,8 +103,7 @@ def steps(options: argparse.Namespace, shape: Shape, batch: int, hidden: float, 
                 size = whole if peer.decodes else batch
                 arms.append(Arm(f"{name} {precision}", PeerStep(peer, shape, size, hidden, dtype, device, options.compile)))
         if hidden == 0 and not options.no_unet:
-            parameters = sum(p.numel() for p in arms[0].step.trainer.model.parameters())  # type: ignore[attr-defined]
-            peer = adapters.unet(shape, parameters)
+            peer = adapters.unet(shape, parameters(arms[0]))
             arms.append(Arm(f"diffusers unet {precision}", PeerStep(peer, shape, batch, 0.0, dtype, device, options.compile)))
     return arms
 
@@ -137,10 +143,11 @@ def main() -> None:
             for name, arm in fastest.items():
                 print(
                     f"  {name:16} {arm.images_per_second:9.1f} images/s  {arm.name.rpartition(' ')[2]} ",
-                    f"our U-ViT is {reference / arm.images_per_second:.2f}x",
+                    f"{parameters(arm) / 1e6:6.1f} M parameters  our U-ViT is {reference / arm.images_per_second:.2f}x",
                 )
             for arm in arms:
                 row = {"case": case, "hidden": hidden, "arm": arm.name, "batch": arm.step.images, "images_per_s": arm.images_per_second}
+                row["parameters"] = parameters(arm)
                 rows.append(row | vars(shape))
     head = {"environment": environment(machine, torch.get_num_threads()), "compile": options.compile}
     write_rows(options.out or results_directory(device) / "peers.json", head, rows)

@@ -164,13 +164,14 @@ def unet(shape: Shape, parameters: int) -> Peer:
             down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
             layers_per_block=2,
+            norm_num_groups=8,
         )
 
     def size(width: int) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in build(width).parameters())
 
-    network: Any = build(min(range(32, 512, 32), key=lambda width: abs(size(width) - parameters)))
+    network: Any = build(min(range(32, 512, 8), key=lambda width: abs(size(width) - parameters)))
 
     def loss(noised: Tensor, noise: Tensor, t: Tensor, hidden: float) -> Tensor:
         return F.mse_loss(network(noised, t).sample.float(), noise)

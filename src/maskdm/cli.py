@@ -252,6 +252,12 @@ def run_command(arguments: list[str]) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except RuntimeError as error:
+        from maskdm.engine import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        return _fail("memory ran out, with one image at a time too; use a smaller --model.width, or --checkpoint-activations all", 1)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             return _fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}", 2)

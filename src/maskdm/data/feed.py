@@ -59,13 +59,18 @@ class Feed:
         if self._images is not None:
             rows = torch.from_numpy(self.loader.indices_at(position, count))
             labels = None if self.loader.dataset.labels is None else torch.from_numpy(self.loader.dataset.labels[rows.numpy()])
-            return Batch(self._images[rows.to(self.device)], None if labels is None else labels.to(self.device), rows)
+            return Batch(self._images[self._sent(rows)], None if labels is None else self._sent(labels), rows)
         if self._thread is None:
             return self.loader.batch(position, count).to(self.device)
         key, waiting = self._next or ((-1, -1), None)
-        ready = waiting.result() if waiting is not None and key == (position, count) else self._pinned(position, count)
+        ahead = None if waiting is None else waiting.result()  # in any case: the loader serves one at a time
+        ready = ahead if ahead is not None and key == (position, count) else self._pinned(position, count)
         self._next = (position + count, count), self._thread.submit(self._pinned, position + count, count)
         return ready.to(self.device)
+
+    def _sent(self, numbers: Tensor) -> Tensor:
+        """On the device, without waiting for what it is doing: from pageable memory a copy would."""
+        return numbers.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else numbers.to(self.device)
 
     def _pinned(self, position: int, count: int) -> Batch:
         batch = self.loader.batch(position, count)

@@ -24,8 +24,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; from pinned memory the copy goes on while the host does."""
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return replace(self, images=self.images.to(device, non_blocking=True), labels=labels)
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=self.labels.is_pinned())
+        return replace(self, images=self.images.to(device, non_blocking=self.images.is_pinned()), labels=labels)
 
 
 class Loader:

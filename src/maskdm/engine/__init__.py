@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from maskdm.engine.checkpoint import Checkpoint
-from maskdm.engine.hardware import Machine, environment, keep_freed_memory, matrix_ceiling, out_of_memory, this_machine
+from maskdm.engine.hardware import (
+    Machine,
+    environment,
+    give_back_freed_memory,
+    keep_freed_memory,
+    matrix_ceiling,
+    out_of_memory,
+    this_machine,
+)
 from maskdm.engine.memory import available_memory, peak_memory, reset_peak_memory
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.ranks import Ranks, join_ranks
-from maskdm.engine.trainer import Precision, Progress, StageProgress, Step, Trainer, autocast
+from maskdm.engine.trainer import Precision, Progress, StageProgress, Step, Trainer, autocast, more_pieces
 from maskdm.engine.weights import Transfer, transfer
 
 __all__ = [
@@ -25,11 +33,13 @@ __all__ = [
     "autocast",
     "available_memory",
     "environment",
+    "give_back_freed_memory",
     "join_ranks",
     "keep_freed_memory",
     "learning_rate",
     "make_optimizer",
     "matrix_ceiling",
+    "more_pieces",
     "out_of_memory",
     "peak_memory",
     "reset_peak_memory",

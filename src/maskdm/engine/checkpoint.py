@@ -20,7 +20,8 @@ from torch import Tensor
 
 from maskdm.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+"""Raised when the same tensors, or the draws of the steps to come, mean something else than before."""
 _MANIFEST = "manifest.json"
 
 

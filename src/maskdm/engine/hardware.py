@@ -68,9 +68,16 @@ def keep_freed_memory() -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end up to which none is given back
 
 
+def give_back_freed_memory() -> None:
+    """Give glibc's free memory back to the system, where it was kept."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: on a GPU by torch's own error, on a CPU known by its words alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an allocation failed: on a GPU by torch's own error, on a CPU and on Apple's GPUs known by its words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error) or "MPS backend out of memory" in str(error)
 
 
 def _cpu_name() -> str:
@@ -84,8 +91,11 @@ def _cpu_name() -> str:
 def matrix_ceiling(device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> float:
     """FLOP/s of square matrix products in a precision, measured: what the share of the machine's ceiling (MFU) is taken of."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    size, products = (8192, 8) if device.type == "cuda" else (1024, 1)
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    size, products = (1024, 1) if device.type == "cpu" else (8192, 8)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (
+        torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2)
+    )  # zeros or ones would let a GPU clock higher
     best = float("inf")
     for _ in range(6):
         synchronize(device)
@@ -101,6 +111,8 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done what it was asked to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def environment(machine: Machine, threads: int) -> dict[str, str | int]:

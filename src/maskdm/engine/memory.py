@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 from pathlib import Path
 
@@ -21,6 +20,8 @@ def peak_memory(device: torch.device) -> int:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    import resource  # not there on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -37,4 +38,13 @@ def available_memory(device: torch.device) -> int:
     """Bytes that this process could still take, what it has now included."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    here = psutil.Process().memory_info().rss
+    return min(psutil.virtual_memory().available + here, _left_in_container() + here)
+
+
+def _left_in_container() -> int:
+    """What the control group leaves (cgroup v2); more than any machine has where there is no limit."""
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    return 1 << 62

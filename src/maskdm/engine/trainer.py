@@ -21,7 +21,7 @@ from torch.profiler import record_function
 from maskdm.config import Budget, Config, Stage
 from maskdm.data import Feed, Loader
 from maskdm.draws import derive, draw_step
-from maskdm.engine.hardware import out_of_memory
+from maskdm.engine.hardware import out_of_memory, synchronize
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.models import Denoiser
 from maskdm.objective import masked_denoising_loss
@@ -34,7 +34,7 @@ class StageProgress:
     """What a stage has done: optimizer steps, training images, seconds inside steps; and whether it was ended before its budget.
 
     `terms`: the budget and patience under which it was ended; under others it goes on. `pieces`: what its batches are
-    computed in, more than it asks for where memory ran out; 0: it has not begun.
+    computed in, more than `asked` for where memory ran out; 0: it has not begun.
     """
 
     steps: int = 0
@@ -43,6 +43,7 @@ class StageProgress:
     ended: bool = False
     terms: dict[str, Any] | None = None
     pieces: int = 0
+    asked: int = 0
 
     def share(self, budget: Budget) -> float:
         """Part of the budget used up, 0..1: that of the limit nearest to its end."""
@@ -102,7 +103,7 @@ class Trainer:
         self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
         self.model.train()
         self.model.recompute(config.hardware.checkpoint_activations)
-        self.network: Any = torch.compile(self.model) if config.hardware.compile else self.model
+        self.network: Any = torch.compile(self.model, dynamic=False) if config.hardware.compile else self.model
         self.average = Average(self.model, config.ema)
         self.powers = PowerAverages(self.model, config.ema.sigma_rel if config.ema.snapshots else ())
         self.optimizer = make_optimizer(self.model, config.optimizer, config.stages[0].lr)
@@ -227,6 +228,12 @@ class Trainer:
             ends_stage=share >= 1,
         )
 
+    def settle(self) -> None:
+        """Wait for the device, on the clock of the stage: for whoever is about to read from it."""
+        started = time.perf_counter()
+        synchronize(self.device)
+        self.progress.stages[self.progress.stage].seconds += time.perf_counter() - started
+
     def _stay_near(self) -> None:
         """Let the host run at most two steps ahead of a GPU: enough to keep it busy, and seconds stay those of the work."""
         if self.device.type == "cuda":
@@ -237,14 +244,15 @@ class Trainer:
                 self._ahead.popleft().synchronize()
 
     def _gradients(self, stage: Stage, done: StageProgress, number: int) -> Tensor:
-        """The gradients of a batch, and its loss. Where memory runs out it is computed in twice as many pieces: the same step."""
-        done.pieces = done.pieces or stage.accumulate
+        """The gradients of a batch, and its loss. Where memory runs out it is computed in more pieces: the same step."""
+        if done.asked != stage.accumulate:  # a new stage, or another setting since
+            done.asked = done.pieces = stage.accumulate
         while True:
             try:
-                size = -(-stage.batch // done.pieces)
+                size = stage.batch // done.pieces
                 loss = torch.zeros((), device=self.device)
                 for first in range(0, stage.batch, size):
-                    loss += self._backward(stage, number, first, min(size, stage.batch - first))
+                    loss += self._backward(stage, number, first, size)
                 return loss
             except RuntimeError as error:
                 if not out_of_memory(error) or done.pieces >= stage.batch:
@@ -252,7 +260,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            done.pieces = min(2 * done.pieces, stage.batch)
+            done.pieces = more_pieces(stage.batch, done.pieces)
 
     def _backward(self, stage: Stage, number: int, first: int, count: int) -> Tensor:
         """Add the gradients of a piece of the batch; returns its share of the loss."""
@@ -267,6 +275,11 @@ class Trainer:
             total = loss.total * (count / stage.batch)
             self.scaler.scale(total).backward()
         return total.detach()
+
+
+def more_pieces(batch: int, pieces: int) -> int:
+    """At least twice as many pieces, of equal size."""
+    return next(count for count in range(2 * pieces, batch + 1) if batch % count == 0) if 2 * pieces <= batch else batch
 
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:

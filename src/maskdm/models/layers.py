@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Tokens = Float[Tensor, "batch tokens width"]
 Patches = Float[Tensor, "batch patches features"]
@@ -64,6 +65,7 @@ class _Rotation(torch.autograd.Function):
         return _turned(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors
         return _turned(grad, cos, -sin), None, None
@@ -71,6 +73,8 @@ class _Rotation(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     y = torch.empty_like(x)
     first, second = y.chunk(2, dim=-1)
     torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
@@ -112,6 +116,7 @@ class _RootMeanSquare(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, scale = ctx.saved_tensors
         along = (grad * y).mean(dim=-1, keepdim=True)
@@ -133,18 +138,18 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, (self.width,), None, self.eps)
 
 
-MOST_SCORES = 2048
-"""Tokens up to which all scores of a sequence are kept: 8 MiB a head."""
+MOST_SCORES = 1 << 28
+"""Scores of a batch that are kept for the backward pass at once: half a GiB in bf16."""
 
 
 def attend(q: Heads, k: Heads, v: Heads) -> Heads:
     """softmax(q k^T / sqrt(per_head)) v: torch's fused attention, but for bf16 on a CPU, where that is slow.
 
     There two plain products and a softmax take half to a quarter of its time (docs/performance.md). They keep all scores,
-    which is affordable up to some thousand tokens.
+    which is affordable up to some number of them.
     """
     shape, (tokens, per_head) = q.shape[:2], q.shape[2:]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or tokens > MOST_SCORES:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or shape.numel() * tokens**2 > MOST_SCORES:
         return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):
         q, k, v = q.flatten(0, 1) * per_head**-0.5, k.flatten(0, 1), v.flatten(0, 1)

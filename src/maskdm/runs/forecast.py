@@ -14,14 +14,26 @@ import torch
 
 from maskdm.config import Budget, Config, Ema, NoMask, Stage
 from maskdm.data import Dataset, Loader
-from maskdm.engine import Machine, Trainer, available_memory, matrix_ceiling, peak_memory, reset_peak_memory
+from maskdm.engine import (
+    Machine,
+    Trainer,
+    available_memory,
+    give_back_freed_memory,
+    matrix_ceiling,
+    more_pieces,
+    peak_memory,
+    reset_peak_memory,
+)
 from maskdm.errors import UserError
+from maskdm.evaluation.denoising import LEVELS
 from maskdm.masking import num_kept
 from maskdm.models import build
 from maskdm.runs.display import Display
+from maskdm.runs.observe import GRID_COLUMNS, GRID_ROWS, STRIP_ROWS
 from maskdm.runs.plan import describe_mask, flops, ideal_speedup, plan_lines
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
 from maskdm.runs.train import prepare_data, set_up_torch
+from maskdm.runs.watch import MEASURED
 
 SECONDS, STEPS = 8.0, 12
 """A stage is measured for as many steps, or as long, whichever ends first; three steps at least."""
@@ -75,6 +87,8 @@ def plan(request: TrainRequest, price_per_hour: float | None, out: Path | None, 
     """Resolve a request as `train` does, measure, and say what the run will take. Raises UserError."""
     if price_per_hour is not None and price_per_hour < 0:
         raise UserError(f"--price-per-hour is {price_per_hour}; give 0 or more")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a directory; name a JSON file for the figures")
     resolved = resolve(request)
     display.heading(f"plan for {request.data}")
     for line in (*resolved.reasons, *plan_lines(resolved.config, resolved.machine)):
@@ -137,20 +151,20 @@ def _measure(config: Config, stage: Stage, dataset: Dataset, machine: Machine, d
     pieces = stage.accumulate
     if machine.device.type == "cpu":
         pieces = _pieces_that_fit(config, stage, dataset, machine)
-    trainer = _trainer(config, replace(stage, accumulate=1 if stage.batch % pieces else pieces), dataset, machine)
-    trainer.progress.stages[0].pieces = pieces
+    trainer = _trainer(config, replace(stage, accumulate=pieces), dataset, machine)
     steps = trainer.run()
     for _ in range(WARM):
         next(steps)
     reset_peak_memory(machine.device)
     times: list[float] = []
     began = time.perf_counter()
-    before = trainer.progress.seconds
     while len(times) < 3 or (len(times) < STEPS and time.perf_counter() - began < SECONDS):
+        started = time.perf_counter()
         float(next(steps).loss)  # a GPU's work is done when its result is here
-        times.append(trainer.progress.seconds - before)
-        before = trainer.progress.seconds
+        times.append(time.perf_counter() - started)
     memory, pieces = peak_memory(machine.device), trainer.progress.stages[0].pieces
+    if machine.device.type == "cpu":  # training comes to map all of the images' file, of which these steps have seen little
+        memory += max(0, dataset.images.nbytes - trainer.progress.images * dataset.images[:1].nbytes)
     del trainer, steps
     _forget(machine)
     return _Measured(statistics.median(times), memory, pieces, stage.batch)
@@ -172,13 +186,13 @@ def _pieces_that_fit(config: Config, stage: Stage, dataset: Dataset, machine: Ma
         _forget(machine)
     per_image = max(0.0, (peaks[1] - peaks[0]) / (sizes[1] - sizes[0]))
     room, pieces = ROOM * available_memory(machine.device), stage.accumulate
-    while peaks[0] + per_image * (-(-stage.batch // pieces) - sizes[0]) > room:
+    while peaks[0] + per_image * (stage.batch // pieces - sizes[0]) > room:
         if pieces >= stage.batch:
-            need, have = (peaks[0] + per_image) / 2**30, room / 2**30
+            need, have = (peaks[0] - per_image * (sizes[0] - 1)) / 2**30, room / 2**30
             raise UserError(
                 f"stage {stage.name}: even one image at a time takes {need:.1f} GiB, and {have:.1f} are free; use a smaller --model.width"
             )
-        pieces = min(2 * pieces, stage.batch)
+        pieces = more_pieces(stage.batch, pieces)
     return pieces
 
 
@@ -191,6 +205,7 @@ def _trainer(config: Config, stage: Stage, dataset: Dataset, machine: Machine) -
 
 def _forget(machine: Machine) -> None:
     gc.collect()
+    give_back_freed_memory()
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -229,17 +244,19 @@ def _parameters(config: Config, classes: int) -> int:
 
 
 def _other_seconds(config: Config, dataset: Dataset, stages: tuple[StageForecast, ...], whole: _Measured) -> float:
-    """Evaluations of held-out and training images at eight noise levels, and samples; a forward pass is a third of a step."""
+    """Evaluations of held-out and training images, and samples; a forward pass is a third of a step."""
     forward = 1 / whole.images_per_second / 3
     _, heldout = dataset.split(config.data.heldout, config.seed)
     guided = 2 if config.sampling.guidance != 1 else 1
-    evaluation = 2 * len(heldout) * 8 * forward
-    samples = config.sampling.num * config.sampling.steps * guided * forward
+    evaluation = 2 * min(MEASURED, len(heldout)) * LEVELS * forward
+    per_sample = config.sampling.steps * guided * forward
+    evaluation += config.evaluation.samples * per_sample
     total = sum(stage.steps for stage in stages)
     every = config.intervals
-    return ((total // every.evaluate if every.evaluate else 0) + len(stages)) * evaluation + (
-        (total // every.sample if every.sample else 0) + len(stages) + 1
-    ) * samples
+    evaluations = (total // every.evaluate if every.evaluate else 0) + len(stages)
+    grids = (total // every.sample if every.sample else 0) + len(stages)
+    last = GRID_ROWS * GRID_COLUMNS + STRIP_ROWS
+    return evaluations * evaluation + (grids * config.sampling.num + last) * per_sample
 
 
 def _disk(config: Config, parameters: int) -> int:
@@ -256,7 +273,9 @@ def advise(config: Config, images: int, stages: tuple[StageForecast, ...]) -> tu
     masked = [stage for stage in stages if stage.speedup is not None]
     if not masked:
         if tokens >= SOME_TOKENS and images >= FEW_IMAGES:
-            lines.append(f"masking could pay here: {tokens} patches; begin with a stage of --mask patch --mask.ratio {_ratio(tokens)}")
+            lines.append(
+                f"masking could pay here: {tokens} patches; begin with a stage of patch masking at {_ratio(tokens):.0%}, as the recipes do"
+            )
         return (*lines, *_pieces_advice(stages))
     reasons: list[str] = []
     if tokens < FEW_TOKENS:
@@ -268,7 +287,8 @@ def advise(config: Config, images: int, stages: tuple[StageForecast, ...]) -> tu
         reasons.append(f"a masked step here is only {slow:.2f}x faster")
     if reasons:
         finer = " or a smaller --patch (more patches)" if tokens < FEW_TOKENS and config.model.patch > 1 else ""
-        lines.append(f"masking will not pay here: {'; '.join(reasons)}. Train on whole images alone (--mask none){finer}")
+        flags = " ".join(f"--stages.{stage.name}.mask none" for stage in masked)
+        lines.append(f"masking will not pay here: {'; '.join(reasons)}. Train on whole images alone ({flags}){finer}")
     for stage in masked:
         share = (stage.speedup or 0.0) / (stage.ideal_speedup or 1.0)
         if not reasons and share < 0.9:
@@ -287,7 +307,7 @@ def advise(config: Config, images: int, stages: tuple[StageForecast, ...]) -> tu
 
 def _pieces_advice(stages: tuple[StageForecast, ...]) -> tuple[str, ...]:
     return tuple(
-        f"stage {stage.name} does not fit at once: {stage.pieces} pieces of {-(-stage.batch // stage.pieces)} images "
+        f"stage {stage.name} does not fit at once: {stage.pieces} pieces of {stage.batch // stage.pieces} images "
         f"(--stages.{stage.name}.accumulate {stage.pieces})"
         for stage in stages
         if stage.pieces > 1

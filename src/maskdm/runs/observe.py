@@ -66,7 +66,7 @@ class Observer:
         self._snapshots = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
         self._waited = 0.0
-        self._ceiling = 0.0
+        self._ceiling = matrix_ceiling(trainer.device, trainer.precision)
         self._pieces = 0
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
@@ -84,6 +84,7 @@ class Observer:
         progress = self.trainer.progress
         if progress.stage < len(progress.stages):
             self._speed = (progress.stages[progress.stage].images, progress.seconds)
+            self._pieces = progress.stages[progress.stage].pieces
             self._snapshots = self._due(progress.stages[progress.stage].share(self.config.stages[progress.stage].budget))
 
     # --- each step ---
@@ -94,14 +95,17 @@ class Observer:
         if step.stage_step == 1:
             self.run.log("stage", step.number, stage=step.stage.name, state="start")
             self._speed = (0, self.trainer.progress.seconds - self._stage_seconds())
+            self._pieces = step.stage.accumulate
             self.watch.enter_stage()
             self._snapshots = 0
         self._losses += step.loss
         self._count += 1
-        if step.pieces > max(self._pieces, step.stage.accumulate):
+        grew = step.pieces > self._pieces
+        if grew:
             self._say_pieces(step)
         self._pieces = step.pieces
         if step.number % every.log == 0 or step.ends_stage or step.stage_step == 1:
+            self.trainer.settle()
             self._log(step, bar)
         ends = step.ends_stage
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
@@ -117,11 +121,11 @@ class Observer:
         early = ends and not step.ends_stage and self.config.ema.snapshots > 0
         if early or self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
             self._snapshot(step)
-        if step.number % every.save == 0 or ends:
+        if step.number % every.save == 0 or ends or grew:  # a resumed run must take up the pieces, or its sums are rounded otherwise
             self.save(step, ends)
 
     def _say_pieces(self, step: Step) -> None:
-        size = -(-step.stage.batch // step.pieces)
+        size = step.stage.batch // step.pieces
         self.run.log("memory", step.number, stage=step.stage.name, pieces=step.pieces, images=size)
         self.note(
             f"memory ran out: stage {step.stage.name} goes on in pieces of {size} images; its batch is {step.stage.batch} as before "
@@ -144,7 +148,7 @@ class Observer:
     def _log(self, step: Step, bar: TrainingBar) -> None:
         self._check_finite(step)
         loss = float(self._losses) / self._count
-        images, seconds = step.images - self._speed[0], step.seconds - self._speed[1]
+        images, seconds = step.images - self._speed[0], self.trainer.progress.seconds - self._speed[1]
         figures = {"loss": loss, "lr": step.lr, "grad_norm": float(step.grad_norm)} | self._speeds(step, images, max(seconds, 1e-9))
         self.run.log(
             "train", step.number, stage=step.stage.name, stage_step=step.stage_step, images=step.images, seconds=step.seconds, **figures
@@ -153,14 +157,12 @@ class Observer:
         bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures)
         self._losses.zero_()
         self._count = 0
-        self._speed = (step.images, step.seconds)
+        self._speed = (step.images, self.trainer.progress.seconds)
 
     def _speeds(self, step: Step, images: int, seconds: float) -> dict[str, float]:
         """What `images` in `seconds` come to. The waiting and the peak of memory are those since the last line, too."""
         waited, self._waited = step.data_seconds - self._waited, step.data_seconds
         rate = images / seconds
-        if not self._ceiling:
-            self._ceiling = matrix_ceiling(self.trainer.device, self.trainer.precision)
         found = {
             "images_per_second": rate,
             "tokens_per_second": rate * num_kept(step.stage.mask, self.config.grid),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from maskdm.config import BlockMask, Budget, Config, CropMask, Mask, NoMask, PatchMask
+from maskdm.config import BlockMask, Budget, Config, CropMask, Mask, NoMask, PatchMask, UViTConfig
 from maskdm.engine import Machine, Progress
 from maskdm.masking import hidden_rate, num_kept
 
@@ -38,9 +38,15 @@ def ideal_speedup(config: Config, mask: Mask) -> float:
 
 
 def flops(config: Config, mask: Mask, images: int) -> float:
-    """Arithmetic of the blocks, forward and backward, for training images: 3 depth (24 n d^2 + 4 n^2 d) each, of n kept patches."""
-    kept, width = num_kept(mask, config.grid), config.model.width
-    return 3.0 * images * config.model.depth * (24 * kept * width**2 + 4 * kept**2 * width)
+    """Arithmetic of the blocks, forward and backward, for training images of n kept patches each.
+
+    3 blocks (24 n d^2 + 4 n^2 d), and for U-ViT 12 n d^2 for each long skip.
+    """
+    kept, width, depth = num_kept(mask, config.grid), config.model.width, config.model.depth
+    is_uvit = isinstance(config.model, UViTConfig)
+    skips = depth // 2 if is_uvit else 0
+    blocks = 2 * skips + 1 if is_uvit else depth
+    return 3.0 * images * (blocks * (24 * kept * width**2 + 4 * kept**2 * width) + 4 * skips * kept * width**2)
 
 
 def plan_lines(config: Config, machine: Machine) -> list[str]:
