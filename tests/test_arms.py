@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from maskdm.config import BlockMask, Budget, CropMask, NoMask, PatchMask, Stage
+from maskdm.config import BlockMask, Budget, CropMask, DeferMask, NoMask, PatchMask, RouteMask, Stage, ViewsMask
 from maskdm.errors import UserError
 from maskdm.recipes import recipe
 from maskdm.recipes.arms import Arm, parse_arm, parse_arms
@@ -19,6 +19,9 @@ def test_arms_become_stages_that_share_the_budget() -> None:
     assert shape("whole") == [("1-whole", NoMask(), 1.0)]
     assert shape("patch-75") == [("1-patch-75", PatchMask(0.75), 0.5), ("2-whole", NoMask(), 0.5)]
     assert shape("block4-75@60") == [("1-block4-75", BlockMask(0.75, 4), 0.6), ("2-whole", NoMask(), 0.4)]
+    assert shape("views4@50")[0] == ("1-views4", ViewsMask(4), 0.5)
+    assert shape("route-50@50")[0] == ("1-route-50", RouteMask(0.5), 0.5)
+    assert shape("defer-75@50")[0] == ("1-defer-75", DeferMask(0.75), 0.5)
     assert shape("crop4@100") == [("1-crop4", CropMask(4), 1.0)]
     assert shape("patch-90@30+patch-50@30") == [
         ("1-patch-90", PatchMask(0.9), 0.3),
@@ -81,7 +84,7 @@ def test_a_comparison_needs_two_arms_of_different_names() -> None:
     assert [arm.name for arm in parse_arms("whole, maskdm", BASE)] == ["whole", "maskdm"]
     with pytest.raises(UserError, match="at least two"):
         parse_arms("whole", BASE)
-    with pytest.raises(UserError, match="'whole' is named twice; .*again=whole"):
+    with pytest.raises(UserError, match=r"'whole' is named twice; .*again=whole"):
         parse_arms("whole,maskdm,whole", BASE)
     assert isinstance(parse_arms("whole,again=whole", BASE)[1], Arm)
 

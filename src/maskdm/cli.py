@@ -76,9 +76,9 @@ class Compare:
         str,
         arg(
             help="comma-separated, the first is what the others are compared with: whole; maskdm (the recipe's masked stage); or masked "
-            "stages joined by +, each MASK[-HIDDEN][@SHARE][/KEY=VALUE ...], such as patch-50@60, block4-75@50/batch=256, crop8, or "
-            "patch-90@30+patch-50@30: HIDDEN and SHARE of the budget in %, keys batch, lr, warmup, decay, start_from; the rest of the "
-            "budget goes to whole images; NAME=ARM names one"
+            "stages joined by +, each MASK[-HIDDEN][@SHARE][/KEY=VALUE ...], such as patch-50@60, block4-75@50/batch=256, crop8, "
+            "views4, route-50, defer-75, or patch-90@30+patch-50@30: HIDDEN and SHARE of the budget in %, keys batch, lr, warmup, "
+            "decay, start_from; the rest of the budget goes to whole images; NAME=ARM names one"
         ),
     ] = "whole,maskdm"
     seeds: Annotated[int, arg(help="runs of each arm; intervals are over them")] = 3

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from maskdm.config import BlockMask, Budget, Config, CropMask, Mask, NoMask, PatchMask, Stage
+from maskdm.config import BlockMask, Budget, Config, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, Stage, ViewsMask
 from maskdm.errors import UserError, nearest
 
 SHARE = 0.5
 """Of the budget, for a masked stage that names none."""
 
-NAMES = ("whole", "maskdm", "patch", "block2", "block4", "block8", "crop")
+NAMES = ("whole", "maskdm", "patch", "block2", "block4", "block8", "views4", "route", "defer", "crop8")
 KEYS = ("batch", "lr", "warmup", "decay", "start_from")
 
 
@@ -47,8 +47,8 @@ def parse_arm(text: str, base: Config) -> Arm:
         if stages and isinstance(stages[-1].mask, NoMask):
             raise UserError(f"--arms '{text}': whole images come last")
         stages.append(replace(stage, name=f"{len(stages) + 1}-{stage.name}"))
-        shares.append(share if share is not None else 1 - sum(shares) if isinstance(stage.mask, NoMask) else SHARE * (1 - sum(shares)))
-    left = 1 - sum(shares)
+        shares.append(share if share is not None else 1.0 - sum(shares) if isinstance(stage.mask, NoMask) else SHARE * (1.0 - sum(shares)))
+    left = 1.0 - sum(shares)
     if left < -1e-9 or min(shares) <= 0:
         raise UserError(f"--arms '{text}': the shares come to more than 100 % of the budget, or one to nothing")
     if left > 1e-9:
@@ -90,7 +90,7 @@ def _stage(text: str, part: str, base: Config, first: bool) -> tuple[Stage, floa
     batch = whole.batch if of_whole else masked.batch
     stage = Stage(
         family if of_whole or family == "maskdm" else f"{family}-{rate_text}".rstrip("-"),
-        Budget(minutes=1),
+        Budget(minutes=1.0),
         mask,
         batch=batch,
         lr=start.lr,
@@ -128,8 +128,10 @@ def _mask(text: str, family: str, rate: str) -> Mask:
         raise UserError(f"--arms '{text}': {rate} % hidden; give more than 0 and less than 100")
     if family == "whole" and not rate:
         return NoMask()
-    if family == "patch":
-        return PatchMask(hidden)
+    if family in ("patch", "route", "defer"):
+        return {"patch": PatchMask, "route": RouteMask, "defer": DeferMask}[family](hidden)
+    if family.startswith("views") and family[5:].isdigit() and not rate:
+        return ViewsMask(int(family[5:]))
     if family.startswith("block") and family[5:].isdigit():
         return BlockMask(hidden, int(family[5:]))
     if family.startswith("crop") and family[4:].isdigit() and not rate:

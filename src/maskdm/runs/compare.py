@@ -143,7 +143,7 @@ def compare(request: CompareRequest, display: Display) -> str:
         raise UserError(f"--seeds is {request.seeds}; give at least 1")
     if request.num < 10:
         raise UserError(f"--num is {request.num}; give at least 10 samples")
-    resolved = resolve(replace(request.train, out=out / "arms"))
+    resolved = resolve(replace(request.train, out=out / "run"))  # where no run is
     base = replace(resolved.config, ema=replace(resolved.config.ema, snapshots=0), tracking=(), init=resolved.config.init)
     arms = parse_arms(request.arms, base)
     if base.init is not None:
@@ -268,9 +268,8 @@ class _Judge:
         model, names = each.trainer.average.model, list(self.dataset.class_names) if self.base.data.conditional else []
         labels = natural_labels(self.base, self.dataset, self.training.rows, self.num)
         pipeline = make_pipeline(model, self.base, names)
-        pixels = draw_images(pipeline, self.base.sampling, range(self.num), labels, each.config.seed, self.machine.precision).transpose(
-            0, 2, 3, 1
-        )
+        drawn = draw_images(pipeline, self.base.sampling, range(self.num), labels, each.config.seed, self.machine.precision)
+        pixels = drawn.transpose(0, 2, 3, 1)
         key = digest(state_hash(model.state_dict()), np.arange(self.num))
         samples = ImageSet(pixels, np.arange(self.num), key, None if labels is None else np.array(labels))
         losses = []

@@ -41,7 +41,7 @@ class Contest:
 
     def curves(self, arm: str) -> list[Curve]:
         """The losses of an arm against its budget's unit."""
-        return [Curve(tuple(r[self.unit] for r in seed), tuple(r["loss"] for r in seed)) for seed in self.records[arm]]
+        return [Curve(tuple(float(r[self.unit]) for r in seed), tuple(float(r["loss"]) for r in seed)) for seed in self.records[arm]]
 
 
 def summarize(contest: Contest, about: Mapping[str, Any], out: Path) -> str:
