@@ -59,6 +59,36 @@ class Plan:
 
 
 @dataclass
+class Compare:
+    """Train several ways at equal cost, in turns, on the same data and seeds, and say which reaches what the first ends with sooner.
+
+    maskdm compare photos --budget 10m --out DIR                              whole images against the recipe's masked way
+    maskdm compare photos --budget 10m --arms whole,patch-75@50 --out DIR     or any others
+
+    Takes the settings that `maskdm train` takes. The same command again resumes; more --seeds add to a comparison.
+    Leaves a table, compare.png, and compare.json.
+    """
+
+    data: Data
+    out: Annotated[Path, arg(help="directory of the comparison")]
+    budget: Annotated[str, arg(help="of each arm and seed: 60s, 10m, 2h of training, evaluation not counted; 1e17flops; 2Mimages")]
+    arms: Annotated[
+        str,
+        arg(
+            help="comma-separated, the first is what the others are compared with: whole; maskdm (the recipe's masked stage); or masked "
+            "stages joined by +, each MASK[-HIDDEN][@SHARE][/KEY=VALUE ...], such as patch-50@60, block4-75@50/batch=256, crop8, "
+            "views4, route-50, defer-75, or patch-90@30+patch-50@30: HIDDEN and SHARE of the budget in %, keys batch, lr, warmup, "
+            "decay, start_from; the rest of the budget goes to whole images; NAME=ARM names one"
+        ),
+    ] = "whole,maskdm"
+    seeds: Annotated[int, arg(help="runs of each arm; intervals are over them")] = 3
+    features: Annotated[str, arg(help="feature network of the distance, as `maskdm evaluate` takes it")] = "self"
+    num: Annotated[int, arg(help="samples drawn of each run, for the distance")] = 500
+    recipe: Annotated[str | None, arg(help="a ready-made configuration: cifar10, digits, emoji")] = None
+    config: Annotated[Path | None, arg(help="YAML file of settings; what it leaves out is chosen")] = None
+
+
+@dataclass
 class DataVerb:
     """Say what is in a data set: count, sizes, channels, classes, broken and duplicate files, and what is done to them."""
 
@@ -148,6 +178,7 @@ class Report:
 Verb = (
     Annotated[Train, subcommand("train")]
     | Annotated[Plan, subcommand("plan")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[DataVerb, subcommand("data")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
@@ -155,7 +186,14 @@ Verb = (
     | Annotated[Report, subcommand("report")]
 )
 
-TRAIN_OPTIONS = ("--out", "--recipe", "--config", "--price-per-hour", "--price_per_hour")
+TRAIN_OPTIONS = ("--out", "--recipe", "--config")
+OPTIONS = {
+    "train": (),
+    "plan": ("--price-per-hour", "--price_per_hour"),
+    "compare": ("--budget", "--arms", "--seeds", "--features", "--num"),
+}
+"""Verbs that take the settings of a run, and the options that each has beside TRAIN_OPTIONS."""
+
 TRAIN_FLAGS = ("--dry-run", "--no-dry-run", "--fork", "--no-fork", "--help", "-h")
 
 
@@ -167,7 +205,7 @@ class CommandLine:
     settings: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
 
-def split_settings(arguments: list[str]) -> CommandLine:
+def split_settings(arguments: list[str], options: tuple[str, ...] = TRAIN_OPTIONS) -> CommandLine:
     """Separate `--any.setting value`, `--any.setting=value` and bare `--switch` / `--no-switch` from train's own options."""
     line, waiting = CommandLine(), list(arguments)
     while waiting:
@@ -175,7 +213,7 @@ def split_settings(arguments: list[str]) -> CommandLine:
         name, has_value, value = word.partition("=")
         if not word.startswith("--") or name.replace("_", "-") in TRAIN_FLAGS:
             line.rest.append(word)
-        elif name in TRAIN_OPTIONS:
+        elif name in options:
             line.rest.extend([word] if has_value or not waiting else [word, waiting.pop(0)])
         elif has_value:
             line.settings.append((name[2:], value))
@@ -197,8 +235,9 @@ def run_command(arguments: list[str]) -> int:
     if arguments in (["--version"], ["-V"]):
         print(f"maskdm {__version__}")
         return 0
-    has_settings = arguments[:1] in (["train"], ["plan"])
-    line = split_settings(arguments) if has_settings else CommandLine(arguments)
+    own = OPTIONS.get(arguments[0]) if arguments else None
+    has_settings = own is not None
+    line = CommandLine(arguments) if own is None else split_settings(arguments, TRAIN_OPTIONS + own)
     try:
         verb = _parse(line.rest)
         if isinstance(verb, int):
@@ -232,7 +271,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Plan | DataVerb | Sample | Evaluate | EmaSweep | Report | int:
+def _parse(arguments: list[str]) -> Train | Plan | Compare | DataVerb | Sample | Evaluate | EmaSweep | Report | int:
     """The verb, or an exit code after --help. Raises UserError: tyro's boxed message, as one line."""
     printed = io.StringIO()
     try:
@@ -264,7 +303,7 @@ def _settings_help() -> str:
 
 
 def _perform(
-    verb: Train | Plan | DataVerb | Sample | Evaluate | EmaSweep | Report, settings: list[tuple[str, str]], arguments: list[str]
+    verb: Train | Plan | Compare | DataVerb | Sample | Evaluate | EmaSweep | Report, settings: list[tuple[str, str]], arguments: list[str]
 ) -> int:
     import logging
     import warnings
@@ -283,6 +322,8 @@ def _perform(
             nowhere = Path(os.devnull).parent / "maskdm-plan"  # no run is there: `plan` writes none
             request = runs.TrainRequest(verb.data, nowhere, verb.recipe, verb.config, tuple(settings))
             print(runs.plan(request, verb.price_per_hour, verb.out, runs.Display()))
+        case Compare():
+            return _compare(verb, settings)
         case DataVerb():
             print(runs.describe_data(verb.data, verb.image_size, runs.Display()))
         case Sample():
@@ -298,6 +339,17 @@ def _perform(
             print(_report(verb))
         case _ as unreachable:
             assert_never(unreachable)
+    return 0
+
+
+def _compare(verb: Compare, settings: list[tuple[str, str]]) -> int:
+    from maskdm import runs
+
+    request = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings))
+    try:
+        print(runs.compare(runs.CompareRequest(request, verb.budget, verb.arms, verb.seeds, verb.features, verb.num), runs.Display()))
+    except runs.Interrupted as stop:
+        return _fail(str(stop), 130)
     return 0
 
 

@@ -7,7 +7,7 @@ or mask; and a resumed run needs no generator state.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskdm.config import Config, Mask
 from maskdm.diffusion import Times, draw_times
-from maskdm.masking import Kept, draw, num_kept
+from maskdm.masking import Kept, Route, draw, draw_route, tokens_of_blocks
 
 ROWS = 8
 """Samples that share one generator: few enough to slice a batch anywhere without much waste, enough to draw quickly."""
@@ -23,10 +23,11 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class Draws:
-    """Times [batch], kept patches, noise [batch, kept, features] of those, dropped labels and mirrored images."""
+    """Times [batch], patches that enter, what inner blocks take of them, noise [batch, entering, features], dropped labels, mirroring."""
 
     t: Times
     kept: Kept | None
+    route: Route | None
     noise: Float[Tensor, "batch kept features"]
     drop: Bool[Tensor, " batch"]
     flip: Bool[Tensor, " batch"]
@@ -39,21 +40,26 @@ def derive(*parts: int | str) -> int:
 
 
 def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, count: int, batch: int, device: torch.device) -> Draws:
-    """Draw for the samples at positions [first, first + count) of the global batch of `batch` images of a step.
+    """Draw for the samples at positions [first, first + count) of the global batch of `batch` sequences of a step.
 
-    Noise is drawn last, for the kept patches alone: a sample's time, label and mirroring are the same under every mask.
+    Noise is drawn last, for the patches that enter alone: a sample's time, label and mirroring are the same under every mask.
     """
     grid, features = config.grid, config.data.channels * config.model.patch**2
     uniforms: list[Tensor] = []
     noises: list[Tensor] = []
     masks: list[Tensor] = []
+    routes: list[Route] = []
+    entering = tokens_of_blocks(mask, grid, 2)[0]
     for block in range(first // ROWS, (first + count - 1) // ROWS + 1):
         generator = torch.Generator(device).manual_seed(derive(seed, step, block))
         uniforms.append(torch.rand(ROWS, 3, generator=generator, device=device))
         kept = draw(mask, ROWS, grid, generator)
         if kept is not None:
             masks.append(kept)
-        noises.append(torch.randn(ROWS, num_kept(mask, grid), features, generator=generator, device=device))
+        route = draw_route(mask, ROWS, grid, generator)
+        if route is not None:
+            routes.append(route)
+        noises.append(torch.randn(ROWS, entering, features, generator=generator, device=device))
     here = slice(first % ROWS, first % ROWS + count)
     uniform = torch.cat(uniforms)[here]
     share = uniform[:, 0]
@@ -62,6 +68,7 @@ def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, coun
     return Draws(
         t=draw_times(config.diffusion, share),
         kept=torch.cat(masks)[here] if masks else None,
+        route=replace(routes[0], kept=torch.cat([route.kept for route in routes])[here]) if routes else None,
         noise=torch.cat(noises)[here],
         drop=uniform[:, 1] < config.diffusion.label_drop,
         flip=uniform[:, 2] < config.data.flip,

@@ -6,47 +6,84 @@ shapes stay static. The model gathers by these indices, the objective reads them
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Int, Num
 from torch import Tensor
 
-from maskdm.config import BlockMask, CropMask, Mask, NoMask, PatchMask
+from maskdm.config import BlockMask, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
 
 Grid = tuple[int, int]
 Kept = Int[Tensor, "batch kept"]
 """Row-major patch indices of each image that stay visible, in increasing order."""
 
 
+@dataclass(frozen=True)
+class Route:
+    """The patches that a network's inner blocks work on, after `edge` blocks on all of them.
+
+    rejoin: the others pass by and come back `edge` blocks before the end; else they are dropped for good.
+    """
+
+    kept: Kept
+    edge: int
+    rejoin: bool
+
+
 def num_kept(mask: Mask, grid: Grid) -> int:
-    """Patches that stay visible in each image, out of grid[0] * grid[1]."""
+    """Patches of a sequence that the loss is of, out of grid[0] * grid[1]."""
     total = grid[0] * grid[1]
     match mask:
-        case NoMask():
+        case NoMask() | RouteMask():
             return total
-        case PatchMask(ratio=ratio):
+        case PatchMask(ratio=ratio) | DeferMask(ratio=ratio):
             return total - int(ratio * total)
         case BlockMask(ratio=ratio, size=size):
             return total - int(ratio * total) // size**2 * size**2
         case CropMask(size=size):
             return size**2
+        case ViewsMask(groups=groups):
+            return total // groups
+
+
+def num_sequences(mask: Mask) -> int:
+    """Sequences that an image becomes."""
+    return mask.groups if isinstance(mask, ViewsMask) else 1
+
+
+def tokens_of_blocks(mask: Mask, grid: Grid, blocks: int) -> list[int]:
+    """Patches that each of a network's blocks works on, of one sequence; the first is what enters."""
+    total, kept = grid[0] * grid[1], num_kept(mask, grid)
+    match mask:
+        case RouteMask(ratio=ratio, edge=edge):
+            return [total] * edge + [total - int(ratio * total)] * (blocks - 2 * edge) + [total] * edge
+        case DeferMask(mixer=mixer):
+            return [total] * mixer + [kept] * (blocks - mixer)
+        case _:
+            return [kept] * blocks
 
 
 def hidden_rate(mask: Mask, grid: Grid) -> float:
-    """The true share of patches hidden, which rounding to patches and blocks moves away from the nominal one."""
+    """The true share of patches that a sequence is not learned from, which rounding moves away from the nominal one."""
     return 1 - num_kept(mask, grid) / (grid[0] * grid[1])
 
 
 def draw(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -> Kept | None:
-    """Draw the kept patches of each of `batch` images, on the generator's device; None when every patch is kept.
+    """Draw the patches of each of `batch` sequences that enter, on the generator's device; None when all do.
 
-    The indices are int64 [batch, kept], sorted, with the same `kept` = num_kept(mask, grid) for all images.
+    The indices are int64 [batch, kept], sorted, with the same `kept` = num_kept(mask, grid) for all. Of a ViewsMask consecutive
+    sequences are of one image, and `batch` is a multiple of its groups.
     """
     kept = num_kept(mask, grid)
     if kept == grid[0] * grid[1]:
         return None
     match mask:
-        case NoMask():
+        case NoMask() | RouteMask() | DeferMask():
             return None
+        case ViewsMask(groups=groups):
+            order = _random_order(batch // groups, grid[0] * grid[1], generator)
+            return order[:, : groups * kept].reshape(batch, kept).sort(dim=1).values
         case PatchMask():
             return _random_subset(batch, grid[0] * grid[1], kept, generator)
         case BlockMask(size=size):
@@ -55,14 +92,31 @@ def draw(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -> Kept
             return _crop(batch, grid, size, generator)
 
 
+def draw_route(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -> Route | None:
+    """Draw what the inner blocks work on, for masks that let every patch enter; None for the others."""
+    total = grid[0] * grid[1]
+    match mask:
+        case RouteMask(ratio=ratio, edge=edge):
+            return Route(_random_subset(batch, total, total - int(ratio * total), generator), edge, rejoin=True)
+        case DeferMask(mixer=mixer):
+            return Route(_random_subset(batch, total, num_kept(mask, grid), generator), mixer, rejoin=False)
+        case _:
+            return None
+
+
 def _random_subset(batch: int, total: int, kept: int, generator: torch.Generator) -> Kept:
-    """A uniformly random `kept`-subset of range(total) per row: the places of the `kept` smallest of uniform draws.
+    """A uniformly random `kept`-subset of range(total) per row, ascending."""
+    return _random_order(batch, total, generator)[:, :kept].sort(dim=1).values
+
+
+def _random_order(batch: int, total: int, generator: torch.Generator) -> Int[Tensor, "batch total"]:
+    """A uniformly random permutation of range(total) per row: the order of uniform draws.
 
     In float64, because at the 2^24 levels of float32 ties are common enough to bias the choice.
     """
     on_mps = generator.device.type == "mps"
     keys = torch.rand(batch, total, generator=generator, device=generator.device, dtype=torch.float32 if on_mps else torch.float64)
-    return keys.argsort(dim=1)[:, :kept].sort(dim=1).values
+    return keys.argsort(dim=1)
 
 
 def _blocks(batch: int, grid: Grid, size: int, kept_blocks: int, generator: torch.Generator) -> Kept:
@@ -91,3 +145,10 @@ def take(patches: Num[Tensor, "batch all features"], kept: Kept | None) -> Num[T
     if kept is None:
         return patches
     return patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+
+
+def put_back(
+    patches: Num[Tensor, "batch kept features"], kept: Kept, among: Num[Tensor, "batch all features"]
+) -> Num[Tensor, "batch all features"]:
+    """All patches, those of `kept` replaced: the inverse of `take`."""
+    return among.scatter(1, kept[..., None].expand(-1, -1, patches.shape[-1]), patches)

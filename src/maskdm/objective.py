@@ -33,12 +33,15 @@ def masked_denoising_loss(
 ) -> Loss:
     """E || target_tau - model(x_t restricted to tau, positions of tau, t) ||^2 over the kept patches tau, mean per element.
 
-    Only kept patches are noised, and the model sees nothing else. With every patch kept this is the ordinary loss.
+    Only patches that enter are noised, and the model sees nothing else; the loss is of those that come out. With every patch kept this is
+    the ordinary loss.
     """
     x0 = to_model_range(take(patchify(flip(images, draws.flip), model.patch_size), draws.kept))
     noised = add_noise(diffusion, x0, draws.noise, draws.t)
     if labels is not None:
         labels = drop_labels(labels, draws.drop, null=model.num_classes)
-    output = model(noised.x_t, draws.t, labels, draws.kept).sample
-    errors = (output.float() - noised.target).square().mean(dim=(1, 2))
+    output = model(noised.x_t, draws.t, labels, draws.kept, draws.route).sample
+    route = draws.route
+    target = noised.target if route is None or route.rejoin else take(noised.target, route.kept)
+    errors = (output.float() - target).square().mean(dim=(1, 2))
     return Loss((loss_weight(diffusion, draws.t) * errors).mean(), errors.detach(), draws.t)

@@ -6,7 +6,7 @@ Values of a closed union (a mask, a model, ...) are their own configuration; the
 
 from __future__ import annotations
 
-from maskdm.config.masks import BlockMask, CropMask, Mask, NoMask, PatchMask
+from maskdm.config.masks import BlockMask, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
 from maskdm.config.network import (
     Data,
     Diffusion,
@@ -41,6 +41,7 @@ __all__ = [
     "Config",
     "CropMask",
     "Data",
+    "DeferMask",
     "DiTConfig",
     "Diffusion",
     "Ema",
@@ -54,6 +55,7 @@ __all__ = [
     "NoMask",
     "Optimizer",
     "PatchMask",
+    "RouteMask",
     "Sampling",
     "SchedulerName",
     "Stage",
@@ -61,4 +63,5 @@ __all__ = [
     "UViTConfig",
     "UniformTimesteps",
     "UniformWeight",
+    "ViewsMask",
 ]

@@ -50,4 +50,41 @@ class CropMask:
         require(self.size >= 1, f"mask.size is {self.size}; a window is at least 1 patch wide")
 
 
-Mask = NoMask | PatchMask | BlockMask | CropMask
+@dataclass(frozen=True)
+class ViewsMask:
+    """Cut each image's patches into so many random groups and learn from all, each a sequence of its own: nothing read is wasted."""
+
+    kind: ClassVar[str] = "views"
+    groups: Annotated[int, "groups, of N // groups patches each: 2, 4 or 8"] = 4
+
+    def __post_init__(self) -> None:
+        require(self.groups in (2, 4, 8), f"mask.groups is {self.groups}; give 2, 4 or 8")
+
+
+@dataclass(frozen=True)
+class RouteMask:
+    """Every patch enters and is learned from, but in the inner blocks int(ratio * N) random ones pass by (TREAD, arXiv 2501.04765)."""
+
+    kind: ClassVar[str] = "route"
+    ratio: Annotated[float, "share of the patches that pass by the inner blocks, from 0 to below 1"] = 0.5
+    edge: Annotated[int, "blocks at either end that work on every patch"] = 2
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; give a share from 0 to below 1")
+        require(self.edge >= 1, f"mask.edge is {self.edge}; at least 1 block at either end works on every patch")
+
+
+@dataclass(frozen=True)
+class DeferMask:
+    """Hide int(ratio * N) patches at random, but only after the first blocks have mixed all of them (MicroDiT, arXiv 2407.15811)."""
+
+    kind: ClassVar[str] = "defer"
+    ratio: Annotated[float, "share of the patches that are dropped, from 0 to below 1"] = 0.75
+    mixer: Annotated[int, "blocks that work on every patch before"] = 2
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; give a share from 0 to below 1")
+        require(self.mixer >= 1, f"mask.mixer is {self.mixer}; at least 1 block works on every patch")
+
+
+Mask = NoMask | PatchMask | BlockMask | CropMask | ViewsMask | RouteMask | DeferMask

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from maskdm.config.check import require
-from maskdm.config.masks import BlockMask, CropMask, Mask, NoMask, PatchMask
+from maskdm.config.masks import BlockMask, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
 from maskdm.config.network import (
     Data,
     Diffusion,
@@ -53,6 +53,11 @@ class Config:
         height, width = self.data.image_size
         return height // self.model.patch, width // self.model.patch
 
+    @property
+    def blocks(self) -> int:
+        """Transformer blocks of the network."""
+        return 2 * (self.model.depth // 2) + 1 if isinstance(self.model, UViTConfig) else self.model.depth
+
     def _check_patience(self) -> None:
         """A stage that is to end when nothing gets better needs something that is measured meanwhile."""
         if self.evaluation.patience is None:
@@ -84,6 +89,14 @@ class Config:
                     raise UserError(f"stages.{stage.name}.mask hides nothing: {ratio:.0%} of {down} x {across} patches is no whole patch")
                 case CropMask(size=size) if size == down == across:
                     raise UserError(f"stages.{stage.name}.mask hides nothing: its window is the whole grid of {down} x {across} patches")
+                case ViewsMask(groups=groups) if groups > down * across:
+                    raise UserError(f"stages.{stage.name}.mask.groups {groups} is more than the {down * across} patches of an image")
+                case RouteMask(edge=edge) if 2 * edge >= self.blocks:
+                    raise UserError(f"stages.{stage.name}.mask.edge {edge} leaves no inner block of the {self.blocks}")
+                case DeferMask(mixer=mixer) if mixer >= self.blocks:
+                    raise UserError(f"stages.{stage.name}.mask.mixer {mixer} leaves no other block of the {self.blocks}")
+                case RouteMask(ratio=ratio) | DeferMask(ratio=ratio) if int(ratio * down * across) < 1:
+                    raise UserError(f"stages.{stage.name}.mask spares nothing: {ratio:.0%} of {down} x {across} patches is no whole patch")
                 case _:
                     pass
 
@@ -93,6 +106,9 @@ SHORTHANDS: dict[str, Mask | Model | UniformWeight | MinSNRWeight | UniformTimes
     "patch": PatchMask(),
     "block": BlockMask(),
     "crop": CropMask(),
+    "views": ViewsMask(),
+    "route": RouteMask(),
+    "defer": DeferMask(),
     "uvit": UViTConfig(),
     "uvit-s": UViTConfig(width=512, depth=13, heads=8),
     "uvit-b": UViTConfig(width=768, depth=12, heads=12),

@@ -23,6 +23,7 @@ from maskdm.data import Feed, Loader
 from maskdm.draws import derive, draw_step
 from maskdm.engine.hardware import out_of_memory, synchronize
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
+from maskdm.masking import num_sequences
 from maskdm.models import Denoiser
 from maskdm.objective import masked_denoising_loss
 
@@ -264,13 +265,18 @@ class Trainer:
 
     def _backward(self, stage: Stage, number: int, first: int, count: int) -> Tensor:
         """Add the gradients of a piece of the batch; returns its share of the loss."""
+        each = num_sequences(stage.mask)
         with record_function("maskdm: data"):
             batch = self.feed.batch(self.progress.images + first, count)
+            images, labels = batch.images, batch.labels
+            if each > 1:
+                images = images.repeat_interleave(each, dim=0)
+                labels = None if labels is None else labels.repeat_interleave(each, dim=0)
         with record_function("maskdm: draws"):
             seed = derive("train", self.config.seed)
-            draws = draw_step(self.config, stage.mask, seed, number, first, count, stage.batch, self.device)
+            draws = draw_step(self.config, stage.mask, seed, number, first * each, count * each, stage.batch * each, self.device)
         with record_function("maskdm: forward"), autocast(self.device, self.precision):
-            loss = masked_denoising_loss(self.network, self.config.diffusion, batch.images, batch.labels, draws)
+            loss = masked_denoising_loss(self.network, self.config.diffusion, images, labels, draws)
         with record_function("maskdm: backward"):
             total = loss.total * (count / stage.batch)
             self.scaler.scale(total).backward()

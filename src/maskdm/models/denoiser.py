@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils import BaseOutput
-from jaxtyping import Int, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from maskdm.masking import Route
 from maskdm.models.layers import Patches, patchify, unpatchify
 
 _KEPT = [
@@ -63,6 +64,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         timestep: Tensor | float | int,
         class_labels: Int[Tensor, " batch"] | None = None,
         kept: Int[Tensor, "batch kept"] | None = None,
+        route: Route | None = None,
         return_dict: bool = True,
     ) -> DenoiserOutput | tuple[Tensor]:
         """Predict the target.
@@ -70,18 +72,21 @@ class Denoiser(ModelMixin, ConfigMixin):
         sample: noisy images [batch, channels, height, width] in about -1..1, or patches [batch, kept, features] as
         `patchify` makes them, then with `kept`, their row-major indices (None: all patches, in order).
         timestep: 0..1000, one for all or [batch]. class_labels: 0..num_classes, where num_classes is the null class,
-        which is also what None means; ignored by an unconditional network. Returns the shape of `sample`.
+        which is also what None means; ignored by an unconditional network. route: what the inner blocks work on, in training on
+        all patches. Returns the shape of `sample`, or of the patches that a route did not drop.
         """
         whole = sample.ndim == 4
         patches = patchify(sample, self.patch_size) if whole else sample
         t = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         if self.num_classes and class_labels is None:
             class_labels = torch.full((sample.shape[0],), self.num_classes, device=sample.device)
-        output = self.denoise(patches, t, class_labels if self.num_classes else None, kept)
+        output = self.denoise(patches, t, class_labels if self.num_classes else None, kept, route)
         output = unpatchify(output, self.patch_size, self.size) if whole else output
         return DenoiserOutput(sample=output) if return_dict else (output,)
 
-    def denoise(self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None) -> Patches:
+    def denoise(
+        self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None, route: Route | None = None
+    ) -> Float[Tensor, "batch out features"]:
         """Predict the target on patches [batch, kept, features]."""
         raise NotImplementedError
 

@@ -7,6 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from maskdm.masking import Route, put_back, take
 from maskdm.models.denoiser import Denoiser, SampleSize
 from maskdm.models.layers import Attention, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal
 
@@ -85,7 +86,9 @@ class DiT(Denoiser):
         for layer in (self.modulation, self.out):
             nn.init.zeros_(layer.weight)
 
-    def denoise(self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None) -> Patches:
+    def denoise(
+        self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None, route: Route | None = None
+    ) -> Float[Tensor, "batch out features"]:
         """As `Denoiser.denoise`."""
         x = in_compute_precision(self.patch_embedding(patches) + (self.positions if kept is None else self.positions[kept]))
         condition = self.time_embedding(sinusoidal(t, 256))
@@ -93,7 +96,12 @@ class DiT(Denoiser):
             condition = condition + self.class_embedding(labels)
         condition = nn.functional.silu(condition)
         turn = self.rotary(kept)
-        for block in self.blocks:
+        everything, whole_turn = x, turn
+        for number, block in enumerate(self.blocks):
+            if route is not None and number == route.edge:
+                everything, x, turn = x, take(x, route.kept), self.rotary(route.kept)
+            if route is not None and route.rejoin and number == len(self.blocks) - route.edge:
+                x, turn = put_back(x, route.kept, everything), whole_turn
             x = self._run(block, x, condition, turn)
         scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
         return self.out(_modulate(self.norm(x), scale, shift))

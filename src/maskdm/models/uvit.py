@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from jaxtyping import Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from maskdm.masking import Kept, Route, put_back, take
 from maskdm.models.denoiser import Denoiser, SampleSize
 from maskdm.models.layers import Attention, GeluMLP, Norm, Patches, Tokens, in_compute_precision, sinusoidal
 
@@ -74,7 +75,9 @@ class UViT(Denoiser):
         self.apply(_initialize)
         self.patch_embedding.reset_parameters()  # the published code leaves the patch embedding at the framework's default
 
-    def denoise(self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None) -> Patches:
+    def denoise(
+        self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None, route: Route | None = None
+    ) -> Float[Tensor, "batch out features"]:
         """As `Denoiser.denoise`."""
         x = self.patch_embedding(patches)
         table = self.positions.weight
@@ -83,14 +86,25 @@ class UViT(Denoiser):
         if self.class_embedding is not None and labels is not None:
             extras.insert(0, self.class_embedding(labels))
         x = in_compute_precision(torch.cat([torch.stack(extras, dim=1) + table[: self.num_extras], x], dim=1))
-        skips: list[Tensor] = []
-        for block in self.down_blocks:
-            x = self._run(block, x)
-            skips.append(x)
-        x = self._run(self.middle_block, x)
-        for block in self.up_blocks:
-            x = self._run(block, x, skips.pop())
+        inner = None if route is None else self._with_extras(route.kept)
+        skips, everything, count = list[Tensor](), x, 2 * len(self.down_blocks) + 1
+        for number, block in enumerate((*self.down_blocks, self.middle_block, *self.up_blocks)):
+            if route is not None and number == route.edge:
+                everything, x = x, take(x, inner)
+            if route is not None and inner is not None and route.rejoin and number == count - route.edge:
+                x = put_back(x, inner, everything)
+            if number <= count // 2:
+                x = self._run(block, x)
+                skips.append(x)
+            else:
+                skip = skips[count - 1 - number]
+                x = self._run(block, x, skip if skip.shape == x.shape else take(skip, inner))
         return self.out(self.norm(x[:, self.num_extras :]))
+
+    def _with_extras(self, kept: Kept) -> Int[Tensor, "batch tokens"]:
+        """Places of these patches among all tokens, after those of the extras."""
+        extras = torch.arange(self.num_extras, device=kept.device).expand(len(kept), -1)
+        return torch.cat([extras, kept + self.num_extras], dim=1)
 
 
 def _initialize(module: nn.Module) -> None:

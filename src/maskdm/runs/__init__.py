@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskdm.report import compare_runs, write_report
+from maskdm.runs.compare import CompareRequest, compare
 from maskdm.runs.data import describe_data
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
@@ -19,6 +20,7 @@ from maskdm.runs.sweep import SweepRequest, ema_sweep, parse_lengths
 from maskdm.runs.train import Interrupted, train
 
 __all__ = [
+    "CompareRequest",
     "Display",
     "Diverged",
     "EvaluateRequest",
@@ -26,6 +28,7 @@ __all__ = [
     "SampleRequest",
     "SweepRequest",
     "TrainRequest",
+    "compare",
     "compare_reports",
     "describe_data",
     "ema_sweep",

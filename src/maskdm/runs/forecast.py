@@ -108,8 +108,8 @@ def forecast(resolved: Resolved, dataset: Dataset, price_per_hour: float | None,
     whole = next((m for m, stage in zip(measured, config.stages, strict=True) if isinstance(stage.mask, NoMask)), None)
     if whole is None:
         masked = config.stages[0]
-        share = num_kept(masked.mask, config.grid) / (config.grid[0] * config.grid[1])
-        probe = replace(masked, name="whole-images", mask=NoMask(), batch=max(1, round(masked.batch * share)), accumulate=1)
+        batch = max(1, round(masked.batch / ideal_speedup(config, masked.mask)))
+        probe = replace(masked, name="whole-images", mask=NoMask(), batch=batch, accumulate=1)
         whole = _measure(config, probe, dataset, machine, display)
     ceiling = matrix_ceiling(machine.device, machine.precision)
     stages = tuple(_stage(config, stage, found, whole, ceiling) for stage, found in zip(config.stages, measured, strict=True))
@@ -218,7 +218,7 @@ def _stage(config: Config, stage: Stage, found: _Measured, whole: _Measured, cei
         None if budget.minutes is None else -int(-budget.minutes * 60 // per_step),
     ]
     steps = max(1, min(limit for limit in limits if limit is not None))
-    masked = num_kept(stage.mask, config.grid) < config.grid[0] * config.grid[1]
+    masked = not isinstance(stage.mask, NoMask)
     rate = found.images_per_second
     return StageForecast(
         name=stage.name,

@@ -13,14 +13,14 @@ from PIL import Image
 
 from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
-from maskdm.draws import derive
+from maskdm.draws import ROWS, derive
 from maskdm.engine import Step, Trainer, autocast, matrix_ceiling, peak_memory, reset_peak_memory, snapshots
-from maskdm.masking import draw, num_kept
+from maskdm.masking import draw, num_sequences
 from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
-from maskdm.runs.plan import flops, stage_records
+from maskdm.runs.plan import flops, stage_records, tokens_per_image
 from maskdm.runs.sample import draw_images
 from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
@@ -165,7 +165,7 @@ class Observer:
         rate = images / seconds
         found = {
             "images_per_second": rate,
-            "tokens_per_second": rate * num_kept(step.stage.mask, self.config.grid),
+            "tokens_per_second": rate * tokens_per_image(self.config, step.stage.mask),
             "share_of_ceiling": rate * flops(self.config, step.stage.mask, 1) / self._ceiling,
             "data_wait": waited / seconds,
             "memory": float(peak_memory(self.trainer.device)),
@@ -267,12 +267,13 @@ class Observer:
 
     def _mask_picture(self) -> Image.Image | None:
         """What the first masked stage sees of six images."""
-        stage = next((s for s in self.config.stages if draw(s.mask, 1, self.config.grid, torch.Generator()) is not None), None)
+        stage = next((s for s in self.config.stages if draw(s.mask, ROWS, self.config.grid, torch.Generator()) is not None), None)
         if stage is None:
             return None
         generator = torch.Generator().manual_seed(derive("mask picture", self.config.seed))
         images = self._real(self._spread(6))
-        kept = draw(stage.mask, len(images), self.config.grid, generator)
-        assert kept is not None
-        seen = np.stack([hide(image, indices.tolist(), self.config.model.patch) for image, indices in zip(images, kept, strict=True)])
+        drawn = draw(stage.mask, ROWS, self.config.grid, generator)
+        assert drawn is not None
+        kept = drawn[:: num_sequences(stage.mask)][: len(images)]
+        seen = np.stack([hide(image, indices.tolist(), self.config.model.patch) for image, indices in zip(images, kept, strict=False)])
         return grid(np.concatenate([images, seen]), columns=len(images))

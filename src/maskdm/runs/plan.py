@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from maskdm.config import BlockMask, Budget, Config, CropMask, Mask, NoMask, PatchMask, UViTConfig
+from maskdm.config import BlockMask, Budget, Config, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, UViTConfig, ViewsMask
 from maskdm.engine import Machine, Progress
-from maskdm.masking import hidden_rate, num_kept
+from maskdm.masking import hidden_rate, num_kept, num_sequences, tokens_of_blocks
 
 
 def describe_mask(mask: Mask) -> str:
@@ -20,6 +20,12 @@ def describe_mask(mask: Mask) -> str:
             return f"block {size}, {ratio:.0%}"
         case CropMask(size=size):
             return f"crop {size} x {size}"
+        case ViewsMask(groups=groups):
+            return f"{groups} disjoint views"
+        case RouteMask(ratio=ratio, edge=edge):
+            return f"route, {ratio:.0%} pass by all but {edge} blocks at either end"
+        case DeferMask(ratio=ratio, mixer=mixer):
+            return f"defer, {ratio:.0%} after {mixer} blocks"
 
 
 def describe_budget(budget: Budget) -> str:
@@ -31,22 +37,30 @@ def describe_budget(budget: Budget) -> str:
 
 
 def ideal_speedup(config: Config, mask: Mask) -> float:
-    """How much cheaper the blocks' arithmetic is per image under a mask: (1/r) (6d + N) / (6d + rN) at keep rate r."""
-    tokens, width = config.grid[0] * config.grid[1], config.model.width
-    keep = num_kept(mask, config.grid) / tokens
-    return (6 * width + tokens) / (6 * width + keep * tokens) / keep
+    """How much cheaper the blocks' arithmetic is per image under a mask: (1/r) (6d + N) / (6d + rN) at keep rate r in all blocks."""
+    return _blocks(config, NoMask()) / _blocks(config, mask)
 
 
 def flops(config: Config, mask: Mask, images: int) -> float:
-    """Arithmetic of the blocks, forward and backward, for training images of n kept patches each.
+    """Arithmetic of the blocks, forward and backward, for training images: 3 (24 n d^2 + 4 n^2 d) for a block on n patches.
 
-    3 blocks (24 n d^2 + 4 n^2 d), and for U-ViT 12 n d^2 for each long skip.
+    And 12 n d^2 for each long skip of a U-ViT.
     """
-    kept, width, depth = num_kept(mask, config.grid), config.model.width, config.model.depth
-    is_uvit = isinstance(config.model, UViTConfig)
-    skips = depth // 2 if is_uvit else 0
-    blocks = 2 * skips + 1 if is_uvit else depth
-    return 3.0 * images * (blocks * (24 * kept * width**2 + 4 * kept**2 * width) + 4 * skips * kept * width**2)
+    tokens, width = tokens_of_blocks(mask, config.grid, config.blocks), config.model.width
+    joined = tokens[config.blocks // 2 + 1 :] if isinstance(config.model, UViTConfig) else []
+    return 3.0 * images * (_blocks(config, mask) + num_sequences(mask) * 4 * sum(joined) * width**2)
+
+
+def _blocks(config: Config, mask: Mask) -> float:
+    """Arithmetic of a forward pass through the blocks, per image."""
+    width = config.model.width
+    each = (24 * n * width**2 + 4 * n**2 * width for n in tokens_of_blocks(mask, config.grid, config.blocks))
+    return float(num_sequences(mask) * sum(each))
+
+
+def tokens_per_image(config: Config, mask: Mask) -> int:
+    """Patches of an image that enter the network, over all its sequences."""
+    return num_sequences(mask) * tokens_of_blocks(mask, config.grid, config.blocks)[0]
 
 
 def plan_lines(config: Config, machine: Machine) -> list[str]:
@@ -56,9 +70,11 @@ def plan_lines(config: Config, machine: Machine) -> list[str]:
     tokens = config.grid[0] * config.grid[1]
     for stage in config.stages:
         kept = num_kept(stage.mask, config.grid)
-        hidden = f"mask {describe_mask(stage.mask)}: hides {hidden_rate(stage.mask, config.grid):.1%}, sees {kept} of {tokens} patches, "
-        speed = f"ideally {ideal_speedup(config, stage.mask):.1f}x the speed, " if kept < tokens else ""
-        what = hidden + speed if kept < tokens else f"whole images ({tokens} patches), "
+        hidden = (
+            f"mask {describe_mask(stage.mask)}: hides {hidden_rate(stage.mask, config.grid):.1%}, learns from {kept} of {tokens} patches, "
+        )
+        speed = f"ideally {ideal_speedup(config, stage.mask):.1f}x the speed, "
+        what = f"whole images ({tokens} patches), " if isinstance(stage.mask, NoMask) else hidden + speed
         lines.append(f"stage {stage.name}: {what}{describe_budget(stage.budget)}, batch {stage.batch}, lr {stage.lr:g}")
     return lines
 

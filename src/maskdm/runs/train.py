@@ -214,7 +214,7 @@ def _recorded(run: RunDirectory, trainer: Trainer) -> Generator[None, None, None
 
 
 def _run(trainer: Trainer, observer: Observer, display: Display) -> None:
-    with _stop_requests() as stop, display.training() as bar:
+    with stop_requests() as stop, display.training() as bar:
         for step in trainer.run():
             observer.after(step, bar)
             if stop:
@@ -224,7 +224,7 @@ def _run(trainer: Trainer, observer: Observer, display: Display) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Generator[list[str], None, None]:
+def stop_requests() -> Generator[list[str], None, None]:
     """Names of the signals that asked the run to stop: looked at between steps, when the state is whole.
 
     A second Ctrl-C stops at once.

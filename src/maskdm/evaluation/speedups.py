@@ -1,0 +1,105 @@
+"""How much sooner one way of training reaches what another ends with, over seeds, with an interval and in words.
+
+A curve is the held-out loss of whole images against what was spent (seconds, FLOPs or images), of one seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from maskdm.evaluation.intervals import Estimate
+
+MARGIN = 1.05
+"""Speed-ups nearer to 1 count as no difference: two arms that are the same differ by that much on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses at increasing costs, none at cost 0."""
+
+    costs: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def best(self) -> float:
+        """The lowest loss reached."""
+        return min(self.losses)
+
+    def cost_of(self, loss: float) -> float | None:
+        """What the lowest loss so far first reached `loss` at, between the points by a line; None where it never did."""
+        lowest = np.minimum.accumulate(self.losses)
+        if not lowest[-1] <= loss:
+            return None
+        index = int(np.argmax(lowest <= loss))
+        if index == 0:
+            return self.costs[0]
+        before, here = lowest[index - 1], lowest[index]
+        part = (before - loss) / (before - here)
+        return float(self.costs[index - 1] + part * (self.costs[index] - self.costs[index - 1]))
+
+
+def speed_up(arm: Curve, against: Curve) -> float:
+    """What `against` spent on its best loss over what `arm` spent on the same; above 1: `arm` is faster.
+
+    Where the arm never gets there it is the other way round: over the arm's best loss, below 1. So it changes without a leap.
+    NaN where a loss of either is not finite.
+    """
+    if not all(map(math.isfinite, (*arm.losses, *against.losses))):
+        return math.nan
+    level = max(arm.best, against.best)  # the one that both reach
+    theirs, ours = against.cost_of(level), arm.cost_of(level)
+    assert theirs is not None and ours is not None
+    return theirs / ours
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An arm against another: the geometric mean of the speed-ups over seeds, its 95 % interval (None for one seed), and words."""
+
+    arm: str
+    against: str
+    speedup: float
+    low: float | None
+    high: float | None
+    seeds: int
+    text: str
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean over seeds and Student's 95 % interval; NaN ends for one seed."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, math.nan, math.nan)
+    return Estimate.around(mean, float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1)
+
+
+def compare_curves(arm: str, curves: Sequence[Curve], against: str, others: Sequence[Curve]) -> Verdict:
+    """The verdict on curves of the same seeds, in the same order: pairs share what a seed decides, and differ by the arm alone."""
+    ratios = [speed_up(ours, theirs) for ours, theirs in zip(curves, others, strict=True)]
+    if not all(map(math.isfinite, ratios)):
+        return Verdict(arm, against, math.nan, None, None, len(ratios), f"no verdict on {arm}: a loss is not a number; it diverged")
+    mean, low, high = (math.exp(value) for value in over_seeds([math.log(ratio) for ratio in ratios]))
+    if len(ratios) < 2:
+        text = f"{_words(arm, against, mean)} (one seed, so no interval: take it for no more than a hint, and repeat with --seeds 3)"
+        return Verdict(arm, against, mean, None, None, 1, text)
+    span = f"95 % interval {low:.2f} to {high:.2f}, {len(ratios)} seeds"
+    if low > 1 and mean >= MARGIN:
+        text = f"{arm}: reaches {against}'s best quality {mean:.2f}x sooner ({span})"
+    elif high < 1 and mean <= 1 / MARGIN:
+        back = f"95 % interval {1 / high:.2f} to {1 / low:.2f}, {len(ratios)} seeds"
+        text = f"no gain here: {against} reaches {arm}'s best quality {1 / mean:.2f}x sooner ({back})"
+    elif low > 1 / MARGIN and high < MARGIN:
+        text = f"no difference: {arm} and {against} are as fast, to {MARGIN - 1:.0%} (speed-up {mean:.2f}, {span})"
+    else:
+        text = f"no difference shown: {_words(arm, against, mean)} ({span}); more seeds or a longer budget may tell"
+    return Verdict(arm, against, mean, low, high, len(ratios), text)
+
+
+def _words(arm: str, against: str, mean: float) -> str:
+    if mean >= 1:
+        return f"{arm} reaches {against}'s best quality {mean:.2f}x sooner"
+    return f"{against} reaches {arm}'s best quality {1 / mean:.2f}x sooner"

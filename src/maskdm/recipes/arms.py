@@ -1,0 +1,141 @@
+"""The arms of a comparison: what `--arms` may say (`maskdm compare --help`), and the stages that each becomes at a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from maskdm.config import BlockMask, Budget, Config, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, Stage, ViewsMask
+from maskdm.errors import UserError, nearest
+
+SHARE = 0.5
+"""Of the budget, for a masked stage that names none."""
+
+NAMES = ("whole", "maskdm", "patch", "block2", "block4", "block8", "views4", "route", "defer", "crop8")
+KEYS = ("batch", "lr", "warmup", "decay", "start_from")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: stages whose budgets are shares (0..1, adding up to 1) of the whole one."""
+
+    name: str
+    shares: tuple[float, ...]
+    stages: tuple[Stage, ...]
+
+    def config(self, base: Config, seed: int, budget: Callable[[Stage, float], Budget]) -> Config:
+        """The run of a seed; `budget` makes a stage's from its share."""
+        stages = tuple(replace(stage, budget=budget(stage, share)) for stage, share in zip(self.stages, self.shares, strict=True))
+        return replace(base, stages=stages, seed=seed)
+
+
+def parse_arm(text: str, base: Config) -> Arm:
+    """An arm from what a person wrote, its stages after those of `base`. Raises UserError naming the part that cannot be read.
+
+    The first stage has the batch, learning rate and warm-up of the base's first masked stage (of the first, where none is), whole images
+    those of its last whole one. A whole stage that comes first learns at the first rate: it is no fine-tuning. Rates are constant, so
+    that an arm is comparable at any time; /decay=cosine for another course.
+    """
+    name, named, spec = text.partition("=") if "=" in text.split("/")[0] else (text, "", text)
+    good = bool(name) and all(c.isalnum() or c in "-_.+@/=" for c in name)
+    if not good or (named and not all(c.isalnum() or c in "-_" for c in name)):
+        raise UserError(f"--arms '{text}': name an arm with letters, digits, - and _")
+    shares: list[float] = []
+    stages: list[Stage] = []
+    for part in spec.split("+"):
+        stage, share = _stage(text, part, base, first=not stages)
+        if stages and isinstance(stages[-1].mask, NoMask):
+            raise UserError(f"--arms '{text}': whole images come last")
+        stages.append(replace(stage, name=f"{len(stages) + 1}-{stage.name}"))
+        shares.append(share if share is not None else 1.0 - sum(shares) if isinstance(stage.mask, NoMask) else SHARE * (1.0 - sum(shares)))
+    left = 1.0 - sum(shares)
+    if left < -1e-9 or min(shares) <= 0:
+        raise UserError(f"--arms '{text}': the shares come to more than 100 % of the budget, or one to nothing")
+    if left > 1e-9:
+        if isinstance(stages[-1].mask, NoMask):
+            raise UserError(f"--arms '{text}': its stages come to {sum(shares):.0%} of the budget, not to all of it")
+        whole, _ = _stage(text, "whole", base, first=False)
+        stages.append(replace(whole, name=f"{len(stages) + 1}-whole"))
+        shares.append(left)
+    arm = Arm(name, tuple(shares), tuple(stages))
+    arm.config(base, base.seed, lambda stage, share: Budget(minutes=share)).check()
+    return arm
+
+
+def parse_arms(texts: str, base: Config) -> list[Arm]:
+    """Arms separated by commas; the first is what the others are compared with. Raises UserError."""
+    arms = [parse_arm(text.strip(), base) for text in texts.split(",") if text.strip()]
+    if len(arms) < 2:
+        raise UserError(f"--arms '{texts}' names {len(arms)} arm{'' if len(arms) == 1 else 's'}; a comparison needs at least two")
+    names = [arm.name for arm in arms]
+    if len(set(names)) < len(names):
+        twice = max(names, key=names.count)
+        raise UserError(f"--arms: '{twice}' is named twice; give one of them a name of its own, such as again={twice}")
+    return arms
+
+
+def _stage(text: str, part: str, base: Config, first: bool) -> tuple[Stage, float | None]:
+    """One stage and its share, if it names one."""
+    head, *settings = part.split("/")
+    head, _, share_text = head.partition("@")
+    family, _, rate_text = head.partition("-")
+    masked = next((stage for stage in base.stages if not isinstance(stage.mask, NoMask)), base.stages[0])
+    whole = next((stage for stage in reversed(base.stages) if isinstance(stage.mask, NoMask)), base.stages[-1])
+    share = None if not share_text else _number(text, share_text, "share") / 100
+    if family == "maskdm" and (rate_text or isinstance(masked.mask, NoMask)):
+        raise UserError(f"--arms '{text}': maskdm takes the mask of the recipe's masked stage; name a mask, such as patch-50")
+    mask = masked.mask if family == "maskdm" else _mask(text, family, rate_text)
+    of_whole = isinstance(mask, NoMask)
+    start = masked if first or not of_whole else whole
+    batch = whole.batch if of_whole else masked.batch
+    stage = Stage(
+        family if of_whole or family == "maskdm" else f"{family}-{rate_text}".rstrip("-"),
+        Budget(minutes=1.0),
+        mask,
+        batch=batch,
+        lr=start.lr,
+        warmup=start.warmup,
+        start_from="raw" if first else start.start_from,
+    )
+    for key, good, value in (setting.partition("=") for setting in settings):
+        if key not in KEYS or not good:
+            raise UserError(f"--arms '{text}': '{key}' is no key{nearest(key, list(KEYS))}; there are {', '.join(KEYS)}, as KEY=VALUE")
+        stage = replace(stage, **{key: _value(text, key, value)})
+    return stage, share
+
+
+def _value(text: str, key: str, value: str) -> int | float | str:
+    if key in ("batch", "warmup"):
+        return int(_number(text, value, key))
+    if key == "lr":
+        return _number(text, value, key)
+    known = ("constant", "cosine", "linear") if key == "decay" else ("raw", "ema")
+    if value not in known:
+        raise UserError(f"--arms '{text}': {key} is '{value}'; give {', '.join(known)}")
+    return value
+
+
+def _number(text: str, value: str, what: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"--arms '{text}': {what} is '{value}', which is no number") from None
+
+
+def _mask(text: str, family: str, rate: str) -> Mask:
+    hidden = _number(text, rate, "the share hidden") / 100 if rate else 0.5
+    if not 0 < hidden < 1:
+        raise UserError(f"--arms '{text}': {rate} % hidden; give more than 0 and less than 100")
+    if family == "whole" and not rate:
+        return NoMask()
+    if family in ("patch", "route", "defer"):
+        return {"patch": PatchMask, "route": RouteMask, "defer": DeferMask}[family](hidden)
+    if family.startswith("views") and family[5:].isdigit() and not rate:
+        return ViewsMask(int(family[5:]))
+    if family.startswith("block") and family[5:].isdigit():
+        return BlockMask(hidden, int(family[5:]))
+    if family.startswith("crop") and family[4:].isdigit() and not rate:
+        return CropMask(int(family[4:]))
+    raise UserError(
+        f"--arms '{text}': '{family}{rate and '-' + rate}' is no mask{nearest(family, list(NAMES))}; give {', '.join(NAMES[:-1])} or crop8"
+    )

@@ -1,0 +1,156 @@
+"""What a comparison found: a table, a picture, compare.json, and verdicts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskdm.evaluation.intervals import Estimate
+from maskdm.evaluation.speedups import Curve, Verdict, compare_curves, over_seeds
+from maskdm.runs.directory import write_text
+
+Record = dict[str, Any]
+"""A measurement on the way: what was spent, and the held-out loss."""
+
+FIGURES = {
+    "loss": ("denoising", "heldout"),
+    "distance": ("frechet_distance",),
+    "kernel_distance": ("kernel_distance",),
+    "precision": ("precision",),
+    "recall": ("recall",),
+    "copies": ("copies", "share"),
+}
+"""Figures of an arm, and where they stand in an evaluation."""
+
+AXES = {"seconds": ("training time, minutes", 60.0), "flops": ("FLOPs of training", 1.0), "images": ("images seen", 1.0)}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Records and final measures of each arm, a list over seeds; the first arm is what the others are compared with."""
+
+    records: Mapping[str, Sequence[Sequence[Record]]]
+    finals: Mapping[str, Sequence[Mapping[str, Any]]]
+    unit: str
+
+    def curves(self, arm: str) -> list[Curve]:
+        """The losses of an arm against its budget's unit."""
+        return [Curve(tuple(float(r[self.unit]) for r in seed), tuple(float(r["loss"]) for r in seed)) for seed in self.records[arm]]
+
+
+def summarize(contest: Contest, about: Mapping[str, Any], out: Path) -> str:
+    """Write compare.json and compare.png; return the table and the verdicts."""
+    arms = {name: _figures(contest, name) for name in contest.records}
+    first, *others = contest.records
+    verdicts = [_verdict(contest, name, first) for name in others]
+    features = next(iter(contest.finals[first]), {}).get("features")
+    record = {**about, "features": features, "arms": arms, "verdicts": verdicts, "curves": contest.records}
+    write_text(out / "compare.json", json.dumps(_plain(record), indent=1))
+    draw(contest, arms, out / "compare.png")
+    lines = [_table(arms), *(verdict["text"] for verdict in verdicts)]
+    return "\n".join([*lines, f"picture: {out / 'compare.png'}", f"figures: {out / 'compare.json'}"])
+
+
+def _figures(contest: Contest, arm: str) -> dict[str, Any]:
+    """Means over seeds with Student's interval; of one seed, the evaluation's own interval where it has one."""
+    last = [seed[-1] for seed in contest.records[arm]]
+    found: dict[str, Any] = {"seeds": len(last)}
+    for key, name in (("seconds", "time"), ("flops", "flops"), ("images", "images"), ("steps", "steps")):
+        found |= _put(name, over_seeds([float(record[key]) for record in last]))
+    for name, path in FIGURES.items():
+        values = [_at(final, path) for final in contest.finals[arm]]
+        if any(value is None for value in values):
+            continue
+        estimate = over_seeds([float(value) for value in values])
+        own = _at(contest.finals[arm][0], (*path[:-1], f"{path[-1]}_interval"))
+        found |= _put(name, Estimate(estimate.value, *own) if len(values) == 1 and own is not None else estimate)
+    return found
+
+
+def _at(record: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _put(name: str, estimate: Estimate) -> dict[str, Any]:
+    return {name: estimate.value, f"{name}_interval": [estimate.low, estimate.high]}
+
+
+def _verdict(contest: Contest, arm: str, against: str) -> dict[str, Any]:
+    """The speed-up, and the differences of the figures at the end, pairs of the same seed."""
+    verdict: Verdict = compare_curves(arm, contest.curves(arm), against, contest.curves(against))
+    found = asdict(verdict)
+    for name, path in FIGURES.items():
+        pairs = [(_at(a, path), _at(b, path)) for a, b in zip(contest.finals[arm], contest.finals[against], strict=True)]
+        if all(a is not None and b is not None for a, b in pairs):
+            found |= _put(f"{name}_difference", over_seeds([a - b for a, b in pairs]))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    head = ["arm", "time", "images", "FLOP", "held-out loss", "distance", "precision", "recall"]
+    rows = [head]
+    for name, found in arms.items():
+        row = [name, f"{found['time']:.0f} s", f"{found['images']:.0f}", f"{found['flops']:.2e}"]
+        rows.append([*row, *(_cell(found, key) for key in ("loss", "distance", "precision", "recall"))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _cell(found: Mapping[str, Any], key: str) -> str:
+    if key not in found:
+        return "-"
+    low, high = found[f"{key}_interval"]
+    return f"{found[key]:.4g}" + ("" if math.isnan(low) else f" ({low:.4g} to {high:.4g})")
+
+
+def draw(contest: Contest, arms: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Losses against what was spent, means over seeds with the seeds behind them; and the distances at the end."""
+    from matplotlib.figure import Figure
+
+    unit = contest.unit
+    panels = [unit, "flops" if unit != "flops" else "seconds"]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 0.6))
+    for axis, key in zip(axes, panels, strict=False):
+        label, scale = AXES[key]
+        for index, (name, seeds) in enumerate(contest.records.items()):
+            color = f"C{index}"
+            for seed in seeds:
+                axis.plot([r[key] / scale for r in seed], [r["loss"] for r in seed], color=color, alpha=0.3, linewidth=0.8)
+            costs, losses = (np.mean([[r[k] for r in seed] for seed in seeds], axis=0) for k in (key, "loss"))
+            axis.plot(costs / scale, losses, color=color, label=name, linewidth=1.8)
+        axis.set_yscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("held-out loss of whole images")
+    axes[0].legend()
+    shown = [name for name in arms if "distance" in arms[name]]
+    for index, name in enumerate(shown):
+        low, high = arms[name]["distance_interval"]
+        value = arms[name]["distance"]
+        error = None if math.isnan(low) else [[value - low], [high - value]]
+        axes[2].errorbar([index], [value], yerr=error, fmt="o", capsize=4, color=f"C{list(arms).index(name)}")
+    axes[2].set_xticks(range(len(shown)), shown, rotation=30, ha="right")
+    axes[2].set_ylabel("Fr\u00e9chet distance of samples")
+    axes[2].grid(alpha=0.3, axis="y")
+    axes[2].margins(x=0.3)
+    figure.savefig(file, dpi=120)

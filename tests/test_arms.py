@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+
+from maskdm.config import BlockMask, Budget, CropMask, DeferMask, NoMask, PatchMask, RouteMask, Stage, ViewsMask
+from maskdm.errors import UserError
+from maskdm.recipes import recipe
+from maskdm.recipes.arms import Arm, parse_arm, parse_arms
+
+BASE = recipe("cifar10", "photos")
+
+
+def shape(text: str) -> list[tuple[str, object, float]]:
+    arm = parse_arm(text, BASE)
+    return [(stage.name, stage.mask, round(share, 6)) for stage, share in zip(arm.stages, arm.shares, strict=True)]
+
+
+def test_arms_become_stages_that_share_the_budget() -> None:
+    assert shape("whole") == [("1-whole", NoMask(), 1.0)]
+    assert shape("patch-75") == [("1-patch-75", PatchMask(0.75), 0.5), ("2-whole", NoMask(), 0.5)]
+    assert shape("block4-75@60") == [("1-block4-75", BlockMask(0.75, 4), 0.6), ("2-whole", NoMask(), 0.4)]
+    assert shape("views4@50")[0] == ("1-views4", ViewsMask(4), 0.5)
+    assert shape("route-50@50")[0] == ("1-route-50", RouteMask(0.5), 0.5)
+    assert shape("defer-75@50")[0] == ("1-defer-75", DeferMask(0.75), 0.5)
+    assert shape("crop4@100") == [("1-crop4", CropMask(4), 1.0)]
+    assert shape("patch-90@30+patch-50@30") == [
+        ("1-patch-90", PatchMask(0.9), 0.3),
+        ("2-patch-50", PatchMask(0.5), 0.3),
+        ("3-whole", NoMask(), 0.4),
+    ]
+    assert shape("maskdm@60+whole")[0] == ("1-maskdm", BASE.stages[0].mask, 0.6)
+
+
+def test_stages_learn_as_the_recipes_do_and_whole_images_alone_at_the_first_rate() -> None:
+    masked, whole = BASE.stages
+    alone = parse_arm("whole", BASE).stages[0]
+    assert (alone.batch, alone.lr, alone.warmup, alone.decay) == (whole.batch, masked.lr, masked.warmup, "constant")
+    first, second = parse_arm("maskdm", BASE).stages
+    assert (first.batch, first.lr, second.batch, second.lr) == (masked.batch, masked.lr, whole.batch, whole.lr)
+
+
+def test_settings_of_a_stage_are_its_own() -> None:
+    first, second = parse_arm("patch-75@50/batch=256/lr=1e-3/warmup=7+whole/decay=cosine/start_from=ema", BASE).stages
+    assert (first.batch, first.lr, first.warmup, first.decay) == (256, 1e-3, 7, "constant")
+    assert (second.decay, second.start_from) == ("cosine", "ema")
+
+
+def test_a_name_of_ones_own() -> None:
+    arm = parse_arm("fast=patch-75@50/lr=1e-3", BASE)
+    assert arm.name == "fast" and arm.stages[0].lr == 1e-3
+    assert parse_arm("patch-75/batch=8", BASE).name == "patch-75/batch=8"
+
+
+def test_budgets_are_made_from_shares() -> None:
+    config = parse_arm("patch-75@25", BASE).config(BASE, 7, lambda stage, share: Budget(images=round(1000 * share)))
+    assert [stage.budget.images for stage in config.stages] == [250, 750] and config.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ptach-50", "'ptach-50' is no mask; did you mean patch"),
+        ("patch-100", "more than 0 and less than 100"),
+        ("patch-x", "the share hidden is 'x'"),
+        ("patch-50@0", "or one to nothing"),
+        ("patch-50@70+patch-25@40", "more than 100 %"),
+        ("whole@50", "come to 50% of the budget"),
+        ("whole+patch-50", "whole images come last"),
+        ("patch-50/bach=3", "'bach' is no key; did you mean batch"),
+        ("patch-50/batch=many", "batch is 'many'"),
+        ("patch-50/decay=cubic", "decay is 'cubic'; give constant"),
+        ("patch-50/lr=-1", "lr is -1"),
+        ("block3-50", "does not divide the grid"),
+        ("a b=whole", "name an arm with letters"),
+        ("maskdm-50", "takes the mask of the recipe"),
+    ],
+)
+def test_what_cannot_be_read_is_named(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_arm(text, BASE)
+
+
+def test_a_comparison_needs_two_arms_of_different_names() -> None:
+    assert [arm.name for arm in parse_arms("whole, maskdm", BASE)] == ["whole", "maskdm"]
+    with pytest.raises(UserError, match="at least two"):
+        parse_arms("whole", BASE)
+    with pytest.raises(UserError, match=r"'whole' is named twice; .*again=whole"):
+        parse_arms("whole,maskdm,whole", BASE)
+    assert isinstance(parse_arms("whole,again=whole", BASE)[1], Arm)
+
+
+def test_without_a_masked_stage_there_is_no_maskdm() -> None:
+    from dataclasses import replace
+
+    plain = replace(BASE, stages=(Stage("train", Budget(steps=1)),))
+    assert parse_arm("patch-50", plain).stages[0].batch == 128
+    with pytest.raises(UserError, match="name a mask, such as patch-50"):
+        parse_arm("maskdm", plain)

@@ -1,0 +1,183 @@
+"""The masks beyond dropping patches at the door: disjoint views, routes past the inner blocks, deferred dropping."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskdm.config import (
+    Budget,
+    Config,
+    Data,
+    DeferMask,
+    Diffusion,
+    DiTConfig,
+    Ema,
+    Mask,
+    Model,
+    NoMask,
+    PatchMask,
+    RouteMask,
+    Stage,
+    UViTConfig,
+    ViewsMask,
+)
+from maskdm.data import Dataset, Loader
+from maskdm.engine import Trainer
+from maskdm.errors import UserError
+from maskdm.masking import Route, draw, draw_route, num_kept, put_back, take, tokens_of_blocks
+from maskdm.models import Denoiser, build
+from maskdm.objective import masked_denoising_loss
+from maskdm.runs.plan import describe_mask, flops, ideal_speedup, tokens_per_image
+
+MODELS: tuple[Model, ...] = (DiTConfig(32, 6, 2, 2), UViTConfig(32, 7, 2, 2))
+FAMILIES: tuple[Mask, ...] = (PatchMask(0.75), ViewsMask(4), RouteMask(0.5, 2), DeferMask(0.75, 2))
+both = pytest.mark.parametrize("model", MODELS)
+
+
+def config(model: Model, mask: Mask, classes: bool = True) -> Config:
+    data = Data("made up", (16, 16), channels=1, conditional=classes)
+    return Config(data, model, (Stage("one", Budget(steps=4), mask, batch=4, lr=1e-3),), Diffusion(target="v"), ema=Ema(snapshots=0))
+
+
+def network(model: Model) -> Denoiser:
+    torch.manual_seed(0)
+    found = build(model, config(model, NoMask()).data, 3)
+    for parameter in found.parameters():  # adaLN-zero would hide everything behind zeros
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return found
+
+
+def dataset(count: int = 12) -> Dataset:
+    random = np.random.default_rng(0)
+    images = (60 * (np.arange(count) % 3)[:, None, None, None] + random.integers(0, 60, (count, 16, 16, 1))).astype(np.uint8)
+    return Dataset(images, np.arange(count) % 3, ("a", "b", "c"), "", "", (), (), Path("made up"))
+
+
+def trainer(settings: Config) -> Trainer:
+    return Trainer(settings, Loader(dataset(), np.arange(12), 0), network(settings.model), torch.device("cpu"), "fp32")
+
+
+@both
+@pytest.mark.parametrize("mask", [RouteMask(0.0, 2), DeferMask(0.0, 2)])
+def test_at_rate_zero_each_equals_the_whole_model(model: Model, mask: Mask) -> None:
+    settings = config(model, mask)
+    found, x, t = network(model).eval(), torch.randn(2, 1, 16, 16), torch.tensor([100.0, 800.0])
+    route = draw_route(mask, 8, settings.grid, torch.Generator().manual_seed(0))
+    assert route is not None
+    some = replace(route, kept=route.kept[:2])
+    torch.testing.assert_close(found(x, t, torch.tensor([0, 1]), None, some).sample, found(x, t, torch.tensor([0, 1])).sample)
+
+
+@both
+def test_a_route_passes_by_the_inner_blocks_alone(model: Model) -> None:
+    found, x, t = network(model).eval(), torch.randn(2, 1, 16, 16), torch.tensor(300.0)
+    kept = torch.stack([torch.randperm(64)[:32].sort().values for _ in range(2)])
+    seen: list[int] = []
+    blocks = [m for name, m in found.named_modules() if type(m).__name__ in ("DiTBlock", "UViTBlock")]
+    hooks = [b.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1])) for b in blocks]
+    routed = found(x, t, None, None, Route(kept, 2, rejoin=True)).sample
+    extras = 0 if isinstance(model, DiTConfig) else 2
+    assert seen == [n + extras for n in tokens_of_blocks(RouteMask(0.5, 2), (8, 8), len(blocks))]
+    assert routed.shape == x.shape and not torch.allclose(routed, found(x, t).sample, atol=1e-3)
+    for hook in hooks:
+        hook.remove()
+
+
+@both
+def test_what_is_deferred_depends_on_every_patch_and_comes_out_for_the_kept(model: Model) -> None:
+    found, t = network(model).eval(), torch.tensor(300.0)
+    patches = torch.randn(1, 64, 4)
+    kept = torch.arange(0, 64, 4)[None]
+    output = found(patches, t, None, None, Route(kept, 2, rejoin=False)).sample
+    assert output.shape == (1, 16, 4)
+    other = patches.clone()
+    other[:, 1] += 1  # a patch that is dropped, but only after it was mixed in
+    assert not torch.allclose(found(other, t, None, None, Route(kept, 2, rejoin=False)).sample, output, atol=1e-4)
+
+
+def test_views_are_disjoint_and_hold_all_patches() -> None:
+    kept = draw(ViewsMask(4), 8, (8, 8), torch.Generator().manual_seed(0))
+    assert kept is not None and kept.shape == (8, 16)
+    for image in kept.reshape(2, 64):
+        assert sorted(image.tolist()) == list(range(64))
+    assert (kept.diff(dim=1) > 0).all() and not torch.equal(kept[:4], kept[4:])
+
+
+def test_views_are_sequences_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    from maskdm.engine import trainer as module
+
+    seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    plain = masked_denoising_loss
+
+    def loss(model: Denoiser, diffusion: Diffusion, images: torch.Tensor, labels: torch.Tensor | None, draws: object) -> object:
+        seen.append((images, labels))
+        return plain(model, diffusion, images, labels, draws)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "masked_denoising_loss", loss)
+    settings = config(DiTConfig(32, 2, 2, 2), ViewsMask(4))
+    run = trainer(replace(settings, stages=(replace(settings.stages[0], accumulate=2),)))
+    step = next(run.run())
+    assert step.images == run.progress.images == 4 and [len(images) for images, _ in seen] == [8, 8]
+    for images, labels in seen:
+        assert labels is not None
+        for first in (0, 4):
+            assert all(torch.equal(images[first], images[first + i]) and labels[first] == labels[first + i] for i in range(4))
+    assert not torch.equal(seen[0][0][0], seen[0][0][4])
+
+
+@both
+@pytest.mark.parametrize("mask", FAMILIES)
+def test_pieces_change_no_step_and_losses_fall(model: Model, mask: Mask) -> None:
+    whole = config(model, mask)
+    pieces = replace(whole, stages=(replace(whole.stages[0], accumulate=2),))
+    for a, b in zip(trainer(whole).run(), trainer(pieces).run(), strict=True):
+        torch.testing.assert_close(a.loss, b.loss, rtol=1e-4, atol=1e-5)
+    longer = replace(whole, stages=(replace(whole.stages[0], budget=Budget(steps=60), lr=3e-3),))
+    losses = [float(step.loss) for step in trainer(longer).run()]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+
+
+@both
+@pytest.mark.parametrize("mask", [NoMask(), *FAMILIES])
+def test_flops_are_those_that_torch_counts(model: Model, mask: Mask) -> None:
+    """Beyond the blocks torch counts embeddings, modulation and extras; wide blocks make that little."""
+    wide = replace(model, width=256, heads=4, depth=9 if isinstance(model, UViTConfig) else 8)
+    settings = config(wide, mask)
+    run = trainer(settings)
+    run.model.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        next(run.run())
+    counted, said = counter.get_total_flops(), flops(settings, mask, 4)
+    assert said == pytest.approx(counted, rel=0.35 if num_kept(mask, (8, 8)) <= 16 else 0.15)
+
+
+def test_ideal_speed_ups_follow_from_the_blocks() -> None:
+    settings = config(DiTConfig(32, 6, 2, 2), NoMask())
+    n, d = 64, 32
+    assert ideal_speedup(settings, PatchMask(0.75)) == pytest.approx(4 * (6 * d + n) / (6 * d + n / 4))
+    route = (n * (6 * d + n) * 6) / (n * (6 * d + n) * 4 + n / 2 * (6 * d + n / 2) * 2)
+    assert ideal_speedup(settings, RouteMask(0.5, 2)) == pytest.approx(route)
+    assert ideal_speedup(settings, ViewsMask(4)) == pytest.approx((6 * d + n) / (6 * d + n / 4))
+    assert [tokens_per_image(settings, mask) for mask in FAMILIES] == [16, 64, 64, 64]
+    assert len({describe_mask(mask) for mask in FAMILIES}) == 4
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [(RouteMask(0.5, 3), "leaves no inner block"), (DeferMask(0.5, 6), "leaves no other block"), (RouteMask(0.001, 1), "spares nothing")],
+)
+def test_masks_that_cannot_be_are_named(mask: Mask, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(DiTConfig(32, 6, 2, 2), mask).check()
+
+
+def test_put_back_is_the_inverse_of_take() -> None:
+    x, kept = torch.randn(2, 9, 3), torch.tensor([[0, 4, 8], [1, 2, 3]])
+    assert torch.equal(put_back(take(x, kept), kept, x), x)
+    assert torch.equal(take(put_back(torch.zeros(2, 3, 3), kept, x), kept), torch.zeros(2, 3, 3))

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from maskdm.evaluation.speedups import Curve, compare_curves, over_seeds, speed_up
+
+COSTS = tuple(float(x) for x in range(1, 21))
+
+
+def curve(rate: float = 1.0, floor: float = 0.05, noise: float = 0.0, seed: int = 0) -> Curve:
+    """A loss that falls with cost as training does; `rate` times as fast."""
+    random = np.random.default_rng(seed)
+    return Curve(COSTS, tuple(floor + 0.3 * (rate * c) ** -0.6 * math.exp(noise * random.normal()) for c in COSTS))
+
+
+def test_the_cost_of_a_loss_is_read_between_the_points() -> None:
+    line = Curve((1.0, 2.0, 4.0), (0.3, 0.2, 0.1))
+    assert line.cost_of(0.25) == pytest.approx(1.5)
+    assert line.cost_of(0.1) == pytest.approx(4.0)
+    assert (line.cost_of(0.3), line.cost_of(0.05)) == (1.0, None)
+    assert Curve((1.0, 2.0, 3.0), (0.2, 0.4, 0.1)).cost_of(0.15) == pytest.approx(2.5)  # a worse moment does not undo a better one
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.8, 1.0, 1.3, 2.0])
+def test_a_curve_that_falls_so_many_times_as_fast_has_that_speed_up(rate: float) -> None:
+    assert speed_up(curve(rate), curve()) == pytest.approx(rate, rel=0.02)
+
+
+def test_a_worse_floor_is_slower_without_a_leap_at_one() -> None:
+    ratios = [speed_up(curve(floor=floor), curve()) for floor in (0.0499, 0.05, 0.0501)]
+    assert ratios[0] > ratios[1] == 1 > ratios[2] and ratios[0] - ratios[2] < 0.05
+
+
+def test_verdicts_name_a_gain_a_loss_and_neither() -> None:
+    whole = [curve(noise=0.01, seed=s) for s in range(3)]
+    fast = compare_curves("maskdm", [curve(1.6, noise=0.01, seed=s + 9) for s in range(3)], "whole", whole)
+    assert fast.low is not None and fast.high is not None and 1 < fast.low < fast.speedup < fast.high
+    assert fast.speedup == pytest.approx(1.6, rel=0.1)
+    assert fast.text.startswith(f"maskdm: reaches whole's best quality {fast.speedup:.2f}x sooner (95 % interval {fast.low:.2f} to")
+    slow = compare_curves("maskdm", [curve(0.6, noise=0.01, seed=s + 9) for s in range(3)], "whole", whole)
+    assert slow.text.startswith("no gain here: whole reaches maskdm's best quality") and slow.speedup < 0.8
+    same = compare_curves(
+        "again", [curve(noise=0.001, seed=s + 9) for s in range(5)], "whole", [curve(noise=0.001, seed=s) for s in range(5)]
+    )
+    assert same.text.startswith("no difference:")
+    vague = compare_curves("maskdm", [curve(r, noise=0.01, seed=s) for s, r in enumerate((0.7, 1.5, 1.2))], "whole", whole)
+    assert vague.text.startswith("no difference shown:") and "more seeds" in vague.text
+
+
+def test_one_seed_has_no_interval_and_says_so() -> None:
+    found = compare_curves("maskdm", [curve(1.6)], "whole", [curve()])
+    assert (found.low, found.high, found.seeds) == (None, None, 1) and "one seed" in found.text
+    assert math.isnan(over_seeds([1.0]).low)
+
+
+def test_a_diverged_arm_gets_no_speed_up() -> None:
+    broken = Curve(COSTS, (math.nan,) * len(COSTS))
+    found = compare_curves("maskdm", [broken], "whole", [curve()])
+    assert math.isnan(found.speedup) and "diverged" in found.text
+
+
+@pytest.mark.parametrize(("rate", "seeds"), [(1.0, 2), (1.0, 3), (1.4, 3), (0.7, 5)])
+def test_the_interval_holds_the_truth_as_often_as_it_says_and_equals_are_not_told_apart(rate: float, seeds: int) -> None:
+    """Seeds differ in speed by a tenth, points by a hundredth. Of 400 comparisons about 380 intervals hold the true speed-up."""
+    random = np.random.default_rng(1)
+    held, told = 0, 0
+    for trial in range(400):
+        ours = [curve(rate * math.exp(0.1 * random.normal()), noise=0.003, seed=1000 * trial + s) for s in range(seeds)]
+        theirs = [curve(math.exp(0.1 * random.normal()), noise=0.003, seed=1000 * trial + 500 + s) for s in range(seeds)]
+        found = compare_curves("a", ours, "b", theirs)
+        assert found.low is not None and found.high is not None
+        held += found.low <= rate <= found.high
+        told += "sooner" in found.text and "no difference" not in found.text
+    assert held >= 360
+    if rate == 1.0:
+        assert told <= 30  # a false alarm in twenty, at most, and chance
