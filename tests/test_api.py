@@ -31,7 +31,8 @@ PUBLIC = {
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
         "CompareRequest", "Display", "Diverged", "EvaluateRequest", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest",
-        "compare", "compare_reports", "describe_data", "ema_sweep", "evaluate", "parse_lengths", "plan", "report_run", "sample_run", "train",
+        "compare", "compare_reports", "describe_data", "ema_sweep", "evaluate", "parse_lengths", "plan", "report_run", "sample_run",
+        "train",
     ],
 }  # fmt: skip
 
