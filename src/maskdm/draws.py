@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskdm.config import Config, Mask
 from maskdm.diffusion import Times, draw_times
-from maskdm.masking import Kept, Route, draw, draw_route, tokens_of_blocks
+from maskdm.masking import Kept, Route, draw, draw_route, num_entering
 
 ROWS = 8
 """Samples that share one generator: few enough to slice a batch anywhere without much waste, enough to draw quickly."""
@@ -39,6 +39,14 @@ def derive(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
+def _route(config: Config, routes: list[Route], here: slice, uniform: Tensor) -> Route | None:
+    """The route of the whole piece. Half of the images without a label go without a network's inner blocks too, where it can do without."""
+    kept = [route.kept for route in routes if route.kept is not None]
+    fuse = config.model.fuse
+    route = replace(routes[0], kept=torch.cat(kept)[here]) if routes else Route(None, fuse, fuse) if fuse else None
+    return replace(route, shallow=uniform < config.diffusion.label_drop / 2) if route is not None and fuse else route
+
+
 def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, count: int, batch: int, device: torch.device) -> Draws:
     """Draw for the samples at positions [first, first + count) of the global batch of `batch` sequences of a step.
 
@@ -49,7 +57,7 @@ def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, coun
     noises: list[Tensor] = []
     masks: list[Tensor] = []
     routes: list[Route] = []
-    entering = tokens_of_blocks(mask, grid, 2)[0]
+    entering = num_entering(mask, grid)
     for block in range(first // ROWS, (first + count - 1) // ROWS + 1):
         generator = torch.Generator(device).manual_seed(derive(seed, step, block))
         uniforms.append(torch.rand(ROWS, 3, generator=generator, device=device))
@@ -68,7 +76,7 @@ def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, coun
     return Draws(
         t=draw_times(config.diffusion, share),
         kept=torch.cat(masks)[here] if masks else None,
-        route=replace(routes[0], kept=torch.cat([route.kept for route in routes])[here]) if routes else None,
+        route=_route(config, routes, here, uniform[:, 1]),
         noise=torch.cat(noises)[here],
         drop=uniform[:, 1] < config.diffusion.label_drop,
         flip=uniform[:, 2] < config.data.flip,

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int, Num
+from jaxtyping import Bool, Int, Num
 from torch import Tensor
 
-from maskdm.config import BlockMask, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
+from maskdm.config import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
 
 Grid = tuple[int, int]
 Kept = Int[Tensor, "batch kept"]
@@ -21,23 +21,27 @@ Kept = Int[Tensor, "batch kept"]
 
 @dataclass(frozen=True)
 class Route:
-    """The patches that a network's inner blocks work on, after `edge` blocks on all of them.
+    """What a network's inner blocks work on, where all patches enter.
 
-    rejoin: the others pass by and come back `edge` blocks before the end; else they are dropped for good.
+    kept: the patches that go through them; None: all. first: blocks at the beginning that work on all. back: blocks at the end that do so
+    again; 0: the others are dropped for good. shallow: images [batch] whose inner blocks count for nothing (`Fusion`). reconstruct: weight
+    of the reconstruction of the patches that are not kept; None: the loss is of all that come out.
     """
 
-    kept: Kept
-    edge: int
-    rejoin: bool
+    kept: Kept | None
+    first: int
+    back: int
+    shallow: Bool[Tensor, " batch"] | None = None
+    reconstruct: float | None = None
 
 
 def num_kept(mask: Mask, grid: Grid) -> int:
-    """Patches of a sequence that the loss is of, out of grid[0] * grid[1]."""
+    """Patches of a sequence that the denoising loss is of, out of grid[0] * grid[1]."""
     total = grid[0] * grid[1]
     match mask:
         case NoMask() | RouteMask():
             return total
-        case PatchMask(ratio=ratio) | DeferMask(ratio=ratio):
+        case PatchMask(ratio=ratio) | DeferMask(ratio=ratio) | DecodeMask(ratio=ratio):
             return total - int(ratio * total)
         case BlockMask(ratio=ratio, size=size):
             return total - int(ratio * total) // size**2 * size**2
@@ -47,19 +51,26 @@ def num_kept(mask: Mask, grid: Grid) -> int:
             return total // groups
 
 
+def num_entering(mask: Mask, grid: Grid) -> int:
+    """Patches of a sequence that are noised and embedded."""
+    return grid[0] * grid[1] if isinstance(mask, RouteMask | DeferMask | DecodeMask) else num_kept(mask, grid)
+
+
 def num_sequences(mask: Mask) -> int:
     """Sequences that an image becomes."""
     return mask.groups if isinstance(mask, ViewsMask) else 1
 
 
 def tokens_of_blocks(mask: Mask, grid: Grid, blocks: int) -> list[int]:
-    """Patches that each of a network's blocks works on, of one sequence; the first is what enters."""
+    """Patches that each of a network's blocks works on, of one sequence."""
     total, kept = grid[0] * grid[1], num_kept(mask, grid)
     match mask:
         case RouteMask(ratio=ratio, edge=edge):
             return [total] * edge + [total - int(ratio * total)] * (blocks - 2 * edge) + [total] * edge
         case DeferMask(mixer=mixer):
             return [total] * mixer + [kept] * (blocks - mixer)
+        case DecodeMask(decoder=decoder):
+            return [kept] * (blocks - decoder) + [total] * decoder
         case _:
             return [kept] * blocks
 
@@ -79,7 +90,7 @@ def draw(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -> Kept
     if kept == grid[0] * grid[1]:
         return None
     match mask:
-        case NoMask() | RouteMask() | DeferMask():
+        case NoMask() | RouteMask() | DeferMask() | DecodeMask():
             return None
         case ViewsMask(groups=groups):
             order = _random_order(batch // groups, grid[0] * grid[1], generator)
@@ -96,10 +107,14 @@ def draw_route(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -
     """Draw what the inner blocks work on, for masks that let every patch enter; None for the others."""
     total = grid[0] * grid[1]
     match mask:
+        case RouteMask(ratio=ratio, edge=edge, spread=False):
+            return Route(_random_subset(batch, total, total - int(ratio * total), generator), edge, edge)
         case RouteMask(ratio=ratio, edge=edge):
-            return Route(_random_subset(batch, total, total - int(ratio * total), generator), edge, rejoin=True)
+            return Route(_spread(batch, grid, round(4 * (1 - ratio)), generator), edge, edge)
         case DeferMask(mixer=mixer):
-            return Route(_random_subset(batch, total, num_kept(mask, grid), generator), mixer, rejoin=False)
+            return Route(_random_subset(batch, total, num_kept(mask, grid), generator), mixer, 0)
+        case DecodeMask(decoder=decoder, weight=weight):
+            return Route(_random_subset(batch, total, num_kept(mask, grid), generator), 0, decoder, reconstruct=weight)
         case _:
             return None
 
@@ -124,6 +139,22 @@ def _blocks(batch: int, grid: Grid, size: int, kept_blocks: int, generator: torc
     blocks = _random_subset(batch, down * across, kept_blocks, generator)
     row, column = blocks // across * size, blocks % across * size
     return _windows(row, column, size, grid).flatten(1).sort(dim=1).values
+
+
+def _spread(batch: int, grid: Grid, each: int, generator: torch.Generator) -> Kept:
+    """`each` random patches of every 2 x 2 neighbours."""
+    down, across = grid[0] // 2, grid[1] // 2
+    chosen = _random_order(batch * down * across, 4, generator)[:, :each].reshape(batch, down, across, each)
+    row = 2 * torch.arange(down, device=chosen.device)[:, None, None] + chosen // 2
+    column = 2 * torch.arange(across, device=chosen.device)[:, None] + chosen % 2
+    return (row * grid[1] + column).flatten(1).sort(dim=1).values
+
+
+def span(route: Route | None, fuse: int, blocks: int) -> tuple[int, int]:
+    """Numbers of the first block that works on what a route keeps and of the first after them; -1 where there is none."""
+    if route is None:
+        return (fuse, blocks - fuse) if fuse else (-1, -1)
+    return route.first, blocks - route.back if route.back else -1
 
 
 def _crop(batch: int, grid: Grid, size: int, generator: torch.Generator) -> Kept:

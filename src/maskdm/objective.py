@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from maskdm.config import Diffusion
 from maskdm.data.loader import flip, to_model_range
 from maskdm.diffusion import Times, add_noise, drop_labels, loss_weight
 from maskdm.draws import Draws
-from maskdm.masking import take
+from maskdm.masking import Kept, take
 from maskdm.models import Denoiser, patchify
 
 
@@ -41,7 +42,21 @@ def masked_denoising_loss(
     if labels is not None:
         labels = drop_labels(labels, draws.drop, null=model.num_classes)
     output = model(noised.x_t, draws.t, labels, draws.kept, draws.route).sample
-    route = draws.route
-    target = noised.target if route is None or route.rejoin else take(noised.target, route.kept)
-    errors = (output.float() - target).square().mean(dim=(1, 2))
-    return Loss((loss_weight(diffusion, draws.t) * errors).mean(), errors.detach(), draws.t)
+    output, target, route = output.float(), noised.target, draws.route
+    extra = 0.0
+    if route is not None and route.reconstruct is not None:
+        extra = route.reconstruct * _reconstruction(output, noised.x_t, route.kept)
+        output = take(output, route.kept)
+    if output.shape != target.shape and route is not None:
+        target = take(target, route.kept)
+    errors = (output - target).square().mean(dim=(1, 2))
+    return Loss((loss_weight(diffusion, draws.t) * errors).mean() + extra, errors.detach(), draws.t)
+
+
+def _reconstruction(output: Tensor, x_t: Tensor, kept: Kept | None) -> Tensor:
+    """How well the patches that are not kept are guessed, each normalised by its own mean and deviation (arXiv 2306.09305, section 3.4)."""
+    error = (output - (x_t - x_t.mean(dim=2, keepdim=True)) / (x_t.var(dim=2, keepdim=True) + 1e-6).sqrt()).square().mean(dim=2)
+    if kept is None or kept.shape[1] == error.shape[1]:
+        return 0 * error.mean()
+    hidden = torch.ones_like(error).scatter(1, kept, 0.0)
+    return (error * hidden).sum() / hidden.sum()

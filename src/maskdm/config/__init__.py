@@ -6,7 +6,7 @@ Values of a closed union (a mask, a model, ...) are their own configuration; the
 
 from __future__ import annotations
 
-from maskdm.config.masks import BlockMask, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
+from maskdm.config.masks import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
 from maskdm.config.network import (
     Data,
     Diffusion,
@@ -41,7 +41,7 @@ __all__ = [
     "Config",
     "CropMask",
     "Data",
-    "DeferMask",
+    "DecodeMask", "DeferMask",
     "DiTConfig",
     "Diffusion",
     "Ema",

@@ -63,14 +63,19 @@ class ViewsMask:
 
 @dataclass(frozen=True)
 class RouteMask:
-    """Every patch enters and is learned from, but in the inner blocks int(ratio * N) random ones pass by (TREAD, arXiv 2501.04765)."""
+    """Every patch enters and is learned from, but in the inner blocks int(ratio * N) random ones pass by (TREAD, arXiv 2501.04765).
+
+    With `model.fuse`, what comes out of the inner blocks is joined with what went in by a layer (SPRINT, arXiv 2510.21986).
+    """
 
     kind: ClassVar[str] = "route"
     ratio: Annotated[float, "share of the patches that pass by the inner blocks, from 0 to below 1"] = 0.5
-    edge: Annotated[int, "blocks at either end that work on every patch"] = 2
+    edge: Annotated[int, "blocks at either end that work on every patch; model.fuse where that is set"] = 2
+    spread: Annotated[bool, "leave as many of each 2 x 2 neighbours, so that no region goes without; ratio 0.25, 0.5 or 0.75"] = False
 
     def __post_init__(self) -> None:
         require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; give a share from 0 to below 1")
+        require(not self.spread or self.ratio in (0.25, 0.5, 0.75), f"mask.ratio is {self.ratio}; with mask.spread give 0.25, 0.5 or 0.75")
         require(self.edge >= 1, f"mask.edge is {self.edge}; at least 1 block at either end works on every patch")
 
 
@@ -87,4 +92,22 @@ class DeferMask:
         require(self.mixer >= 1, f"mask.mixer is {self.mixer}; at least 1 block works on every patch")
 
 
-Mask = NoMask | PatchMask | BlockMask | CropMask | ViewsMask | RouteMask | DeferMask
+@dataclass(frozen=True)
+class DecodeMask:
+    """Hide int(ratio * N) patches at random from all but the last blocks, where a learned token stands for each (MaskDiT, arXiv 2306.09305).
+
+    The loss of the hidden ones is of x_t itself, which no one can denoise unseen: the reconstruction of a masked autoencoder.
+    """
+
+    kind: ClassVar[str] = "decode"
+    ratio: Annotated[float, "share of the patches hidden, from 0 to below 1"] = 0.5
+    decoder: Annotated[int, "blocks at the end that work on every patch"] = 2
+    weight: Annotated[float, "weight of the reconstruction of hidden patches in the loss"] = 0.1
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; give a share from 0 to below 1")
+        require(self.decoder >= 1, f"mask.decoder is {self.decoder}; at least 1 block works on every patch")
+        require(self.weight >= 0, f"mask.weight is {self.weight}; give 0 or more")
+
+
+Mask = NoMask | PatchMask | BlockMask | CropMask | ViewsMask | RouteMask | DeferMask | DecodeMask

@@ -37,8 +37,13 @@ class Data:
 # --- models -------------------------------------------------------------------------------------------------------
 
 
-def _check_transformer(width: int, depth: int, heads: int, patch: int, mlp_ratio: float) -> None:
+FUSE = "blocks at either end past which inner ones may be skipped, joined again by a layer (SPRINT); 0: no such layer"
+TOKEN = "a learned token that stands for hidden patches in the last blocks, for the mask decode (MaskDiT)"
+
+
+def _check_transformer(width: int, depth: int, heads: int, patch: int, mlp_ratio: float, fuse: int) -> None:
     require(min(width, depth, heads, patch) >= 1, "model.width, depth, heads and patch must be at least 1")
+    require(0 <= 2 * fuse < depth, f"model.fuse is {fuse}; give 0, or blocks at either end that leave some of the {depth} between them")
     require(mlp_ratio > 0, f"model.mlp_ratio is {mlp_ratio}; it must be above 0")
     require(width % heads == 0, f"model.width {width} is not a multiple of model.heads {heads}")
 
@@ -54,9 +59,11 @@ class UViTConfig:
     patch: Annotated[int, "side of a patch in pixels; must divide the image"] = 4
     mlp_ratio: Annotated[float, "hidden width of the MLP over the width"] = 4.0
     qkv_bias: Annotated[bool, "a bias on the query, key and value projections"] = False
+    fuse: Annotated[int, FUSE] = 0
+    mask_token: Annotated[bool, TOKEN] = False
 
     def __post_init__(self) -> None:
-        _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio)
+        _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio, self.fuse)
         require(self.width % 2 == 0, f"model.width {self.width} must be even, for the sinusoidal time token")
 
 
@@ -70,9 +77,11 @@ class DiTConfig:
     heads: Annotated[int, "attention heads; the width per head must be a multiple of 4"] = 6
     patch: Annotated[int, "side of a patch in pixels; must divide the image"] = 4
     mlp_ratio: Annotated[float, "hidden width of a GELU MLP with the parameters that the SwiGLU one has"] = 4.0
+    fuse: Annotated[int, FUSE] = 0
+    mask_token: Annotated[bool, TOKEN] = False
 
     def __post_init__(self) -> None:
-        _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio)
+        _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio, self.fuse)
         per_head = self.width // self.heads
         require(per_head % 4 == 0, f"model.width {self.width} over model.heads {self.heads} is {per_head}; make it a multiple of 4")
 

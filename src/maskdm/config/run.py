@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from maskdm.config.check import require
-from maskdm.config.masks import BlockMask, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
+from maskdm.config.masks import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
 from maskdm.config.network import (
     Data,
     Diffusion,
@@ -95,7 +95,17 @@ class Config:
                     raise UserError(f"stages.{stage.name}.mask.edge {edge} leaves no inner block of the {self.blocks}")
                 case DeferMask(mixer=mixer) if mixer >= self.blocks:
                     raise UserError(f"stages.{stage.name}.mask.mixer {mixer} leaves no other block of the {self.blocks}")
-                case RouteMask(ratio=ratio) | DeferMask(ratio=ratio) if int(ratio * down * across) < 1:
+                case RouteMask(edge=edge) if self.model.fuse not in (0, edge):
+                    raise UserError(f"stages.{stage.name}.mask.edge {edge} is not model.fuse {self.model.fuse}, where the parts are joined")
+                case RouteMask(spread=True) if down % 2 or across % 2:
+                    raise UserError(f"stages.{stage.name}.mask.spread does not go with the odd grid of {down} x {across} patches")
+                case DeferMask() | DecodeMask() if self.model.fuse:
+                    raise UserError(f"stages.{stage.name}.mask {stage.mask.kind} does not go with model.fuse; set it to 0")
+                case DecodeMask() if not self.model.mask_token:
+                    raise UserError(f"stages.{stage.name}.mask decode needs a token for hidden patches; add --model.mask_token true")
+                case DecodeMask(decoder=decoder) if decoder >= self.blocks:
+                    raise UserError(f"stages.{stage.name}.mask.decoder {decoder} leaves no other block of the {self.blocks}")
+                case RouteMask(ratio=ratio) | DeferMask(ratio=ratio) | DecodeMask(ratio=ratio) if int(ratio * down * across) < 1:
                     raise UserError(f"stages.{stage.name}.mask spares nothing: {ratio:.0%} of {down} x {across} patches is no whole patch")
                 case _:
                     pass
@@ -109,6 +119,7 @@ SHORTHANDS: dict[str, Mask | Model | UniformWeight | MinSNRWeight | UniformTimes
     "views": ViewsMask(),
     "route": RouteMask(),
     "defer": DeferMask(),
+    "decode": DecodeMask(),
     "uvit": UViTConfig(),
     "uvit-s": UViTConfig(width=512, depth=13, heads=8),
     "uvit-b": UViTConfig(width=768, depth=12, heads=12),

@@ -17,7 +17,28 @@ def build(model: Model, data: Data, num_classes: int) -> Denoiser:
     match model:
         case UViTConfig():
             return UViT(
-                size, data.channels, model.patch, model.width, model.depth, model.heads, model.mlp_ratio, model.qkv_bias, num_classes
+                size,
+                data.channels,
+                model.patch,
+                model.width,
+                model.depth,
+                model.heads,
+                model.mlp_ratio,
+                model.qkv_bias,
+                num_classes,
+                model.fuse,
+                model.mask_token,
             )
         case DiTConfig():
-            return DiT(size, data.channels, model.patch, model.width, model.depth, model.heads, model.mlp_ratio, num_classes)
+            return DiT(
+                size,
+                data.channels,
+                model.patch,
+                model.width,
+                model.depth,
+                model.heads,
+                model.mlp_ratio,
+                num_classes,
+                model.fuse,
+                model.mask_token,
+            )

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from maskdm.masking import Route
-from maskdm.models.layers import Patches, patchify, unpatchify
+from maskdm.masking import Route, put_back
+from maskdm.models.layers import Fusion, Patches, Some, Tokens, patchify, unpatchify
 
 _KEPT = [
     torch.ops.aten.mm.default,
@@ -48,10 +48,28 @@ class Denoiser(ModelMixin, ConfigMixin):
     patch_size: int
     num_classes: int
     size: tuple[int, int]
+    fuse: int
+    fusion: Fusion | None
+    hidden_token: nn.Parameter | None
 
     def _set_geometry(self, sample_size: SampleSize, patch_size: int, num_classes: int) -> None:
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
         self.size, self.patch_size, self.num_classes = (height, width), patch_size, num_classes
+
+    def _set_rejoining(self, width: int, fuse: int, mask_token: bool) -> None:
+        self.fuse = fuse
+        self.fusion = Fusion(width) if fuse else None
+        self.hidden_token = nn.Parameter(0.02 * torch.randn(width)) if mask_token else None
+
+    def _rejoin(self, deep: Some, everything: Tokens, positions: Tensor, kept: Tensor | None, route: Route | None) -> Tokens:
+        """All tokens again, after inner blocks on those `kept`, of `everything` that went in."""
+        if self.fusion is not None:
+            return self.fusion(everything, deep, kept, None if route is None else route.shallow)
+        if kept is None:
+            return deep
+        if self.hidden_token is not None and route is not None and route.first == 0:
+            everything = (positions + self.hidden_token).to(deep.dtype).expand_as(everything)
+        return put_back(deep, kept, everything)
 
     @property
     def grid(self) -> tuple[int, int]:

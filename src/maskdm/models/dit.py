@@ -7,9 +7,9 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from maskdm.masking import Route, put_back, take
+from maskdm.masking import Route, span, take
 from maskdm.models.denoiser import Denoiser, SampleSize
-from maskdm.models.layers import Attention, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal
+from maskdm.models.layers import Attention, Fusion, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal
 
 
 def _modulate(x: Tokens, scale: Tensor, shift: Tensor) -> Tokens:
@@ -55,6 +55,8 @@ class DiT(Denoiser):
         heads: int = 6,
         mlp_ratio: float = 4.0,
         num_classes: int = 0,
+        fuse: int = 0,
+        mask_token: bool = False,
     ) -> None:
         super().__init__()
         self._set_geometry(sample_size, patch_size, num_classes)
@@ -65,6 +67,7 @@ class DiT(Denoiser):
         self.register_buffer("positions", _absolute_positions(self.grid, width), persistent=False)
         self.rotary = RotaryPositions(width // heads, self.grid)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self._set_rejoining(width, fuse, mask_token)
         self.norm = RMSNorm(width)
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, features)
@@ -85,24 +88,31 @@ class DiT(Denoiser):
             nn.init.zeros_(block.modulation.weight)
         for layer in (self.modulation, self.out):
             nn.init.zeros_(layer.weight)
+        if self.fusion is not None:
+            self.fusion.start()
 
     def denoise(
         self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None, route: Route | None = None
     ) -> Float[Tensor, "batch out features"]:
         """As `Denoiser.denoise`."""
-        x = in_compute_precision(self.patch_embedding(patches) + (self.positions if kept is None else self.positions[kept]))
+        positions = self.positions if kept is None else self.positions[kept]
+        x = in_compute_precision(self.patch_embedding(patches) + positions)
         condition = self.time_embedding(sinusoidal(t, 256))
         if self.class_embedding is not None and labels is not None:
             condition = condition + self.class_embedding(labels)
         condition = nn.functional.silu(condition)
         turn = self.rotary(kept)
         everything, whole_turn = x, turn
+        first, end = span(route, self.fuse, len(self.blocks))
         for number, block in enumerate(self.blocks):
-            if route is not None and number == route.edge:
-                everything, x, turn = x, take(x, route.kept), self.rotary(route.kept)
-            if route is not None and route.rejoin and number == len(self.blocks) - route.edge:
-                x, turn = put_back(x, route.kept, everything), whole_turn
-            x = self._run(block, x, condition, turn)
+            if number == first:
+                everything = x
+                if route is not None and route.kept is not None:
+                    x, turn = take(x, route.kept), self.rotary(route.kept)
+            if number == end:
+                x, turn = self._rejoin(x, everything, positions, None if route is None else route.kept, route), whole_turn
+            if x.shape[1]:
+                x = self._run(block, x, condition, turn)
         scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
         return self.out(_modulate(self.norm(x), scale, shift))
 

@@ -11,7 +11,10 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from maskdm.masking import put_back
+
 Tokens = Float[Tensor, "batch tokens width"]
+Some = Float[Tensor, "batch kept width"]
 Patches = Float[Tensor, "batch patches features"]
 Heads = Float[Tensor, "batch heads tokens per_head"]
 
@@ -178,6 +181,34 @@ class Attention(nn.Module):
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         return self.out(attend(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2))
+
+
+class Fusion(nn.Module):
+    """Joins what the first blocks made of all patches with what inner ones made of some of them (SPRINT, arXiv 2510.21986, section 3).
+
+    A learned token stands for the others. At the start it is the mean of both.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(width))
+        self.join = nn.Linear(2 * width, width)
+
+    def start(self) -> None:
+        """Initialise."""
+        half = 0.5 * torch.eye(self.join.out_features)
+        self.join.weight.data.copy_(torch.cat([half, half], dim=1))
+        nn.init.zeros_(self.join.bias)
+        nn.init.normal_(self.token, std=0.02)
+
+    def forward(self, everything: Tokens, deep: Some, kept: Int[Tensor, "batch kept"] | None, shallow: Tensor | None) -> Tokens:
+        """`deep` are the tokens `kept` (None: all), and count for nothing in the images `shallow`."""
+        token = self.token.to(deep.dtype).expand_as(everything)
+        if kept is not None:
+            deep = put_back(deep, kept, token)
+        if shallow is not None:
+            deep = torch.where(shallow[:, None, None], token, deep)
+        return self.join(torch.cat([everything, deep], dim=-1))
 
 
 class GeluMLP(nn.Module):

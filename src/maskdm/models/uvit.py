@@ -7,7 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from maskdm.masking import Kept, Route, put_back, take
+from maskdm.masking import Kept, Route, put_back, span, take
 from maskdm.models.denoiser import Denoiser, SampleSize
 from maskdm.models.layers import Attention, GeluMLP, Norm, Patches, Tokens, in_compute_precision, sinusoidal
 
@@ -55,6 +55,8 @@ class UViT(Denoiser):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
         num_classes: int = 0,
+        fuse: int = 0,
+        mask_token: bool = False,
     ) -> None:
         super().__init__()
         self._set_geometry(sample_size, patch_size, num_classes)
@@ -70,9 +72,12 @@ class UViT(Denoiser):
         self.down_blocks = nn.ModuleList(block(skip=False) for _ in range(depth // 2))
         self.middle_block = block(skip=False)
         self.up_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
+        self._set_rejoining(width, fuse, mask_token)
         self.norm = Norm(width)
         self.out = nn.Linear(width, features)
         self.apply(_initialize)
+        if self.fusion is not None:
+            self.fusion.start()
         self.patch_embedding.reset_parameters()  # the published code leaves the patch embedding at the framework's default
 
     def denoise(
@@ -86,24 +91,29 @@ class UViT(Denoiser):
         if self.class_embedding is not None and labels is not None:
             extras.insert(0, self.class_embedding(labels))
         x = in_compute_precision(torch.cat([torch.stack(extras, dim=1) + table[: self.num_extras], x], dim=1))
-        inner = None if route is None else self._with_extras(route.kept)
+        inner = None if route is None or route.kept is None else self._with_extras(route.kept)
         skips, everything, count = list[Tensor](), x, 2 * len(self.down_blocks) + 1
+        first, end = span(route, self.fuse, count)
         for number, block in enumerate((*self.down_blocks, self.middle_block, *self.up_blocks)):
-            if route is not None and number == route.edge:
+            if number == first:
                 everything, x = x, take(x, inner)
-            if route is not None and inner is not None and route.rejoin and number == count - route.edge:
-                x = put_back(x, inner, everything)
+            if number == end:
+                x = self._rejoin(x, everything, table, inner, route)
+            if not x.shape[1]:  # passed by
+                continue
             if number <= count // 2:
                 x = self._run(block, x)
                 skips.append(x)
             else:
                 skip = skips[count - 1 - number]
-                x = self._run(block, x, skip if skip.shape == x.shape else take(skip, inner))
+                if inner is not None and skip.shape[1] != x.shape[1]:
+                    skip = take(skip, inner) if skip.shape[1] > x.shape[1] else put_back(skip, inner, torch.zeros_like(x))
+                x = self._run(block, x, skip)
         return self.out(self.norm(x[:, self.num_extras :]))
 
     def _with_extras(self, kept: Kept) -> Int[Tensor, "batch tokens"]:
-        """Places of these patches among all tokens, after those of the extras."""
-        extras = torch.arange(self.num_extras, device=kept.device).expand(len(kept), -1)
+        """Places of these patches among all tokens, after those of the extras; none where no patch is left."""
+        extras = torch.arange(self.num_extras if kept.shape[1] else 0, device=kept.device).expand(len(kept), -1)
         return torch.cat([extras, kept + self.num_extras], dim=1)
 
 

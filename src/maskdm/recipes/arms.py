@@ -5,28 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from maskdm.config import BlockMask, Budget, Config, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, Stage, ViewsMask
+from maskdm.config import (
+    BlockMask,
+    Budget,
+    Config,
+    CropMask,
+    DecodeMask,
+    DeferMask,
+    Mask,
+    Model,
+    NoMask,
+    PatchMask,
+    RouteMask,
+    Stage,
+    ViewsMask,
+)
 from maskdm.errors import UserError, nearest
 
 SHARE = 0.5
 """Of the budget, for a masked stage that names none."""
 
-NAMES = ("whole", "maskdm", "patch", "block2", "block4", "block8", "views4", "route", "defer", "crop8")
+NAMES = ("whole", "maskdm", "patch", "block2", "block4", "block8", "views4", "route", "sprint", "defer", "decode", "crop8")
 KEYS = ("batch", "lr", "warmup", "decay", "start_from")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train: stages whose budgets are shares (0..1, adding up to 1) of the whole one."""
+    """A way to train: stages whose budgets are shares (0..1, adding up to 1) of the whole one, and the network, with what they need."""
 
     name: str
     shares: tuple[float, ...]
     stages: tuple[Stage, ...]
+    model: Model
 
     def config(self, base: Config, seed: int, budget: Callable[[Stage, float], Budget]) -> Config:
         """The run of a seed; `budget` makes a stage's from its share."""
         stages = tuple(replace(stage, budget=budget(stage, share)) for stage, share in zip(self.stages, self.shares, strict=True))
-        return replace(base, stages=stages, seed=seed)
+        return replace(base, model=self.model, stages=stages, seed=seed)
 
 
 def parse_arm(text: str, base: Config) -> Arm:
@@ -57,7 +72,7 @@ def parse_arm(text: str, base: Config) -> Arm:
         whole, _ = _stage(text, "whole", base, first=False)
         stages.append(replace(whole, name=f"{len(stages) + 1}-whole"))
         shares.append(left)
-    arm = Arm(name, tuple(shares), tuple(stages))
+    arm = Arm(name, tuple(shares), tuple(stages), _model(base, [part.partition("-")[0] for part in spec.split("+")]))
     arm.config(base, base.seed, lambda stage, share: Budget(minutes=share)).check()
     return arm
 
@@ -74,6 +89,21 @@ def parse_arms(texts: str, base: Config) -> list[Arm]:
     return arms
 
 
+def _edge(base: Config) -> int:
+    """Blocks at either end that work on all patches: 2, or 1 of a shallow network."""
+    return max(1, min(2, (base.blocks - 1) // 2))
+
+
+def _model(base: Config, families: list[str]) -> Model:
+    """The base's network, with the layers that some families need."""
+    model = base.model
+    if any(family.partition("@")[0] == "sprint" for family in families):
+        model = replace(model, fuse=model.fuse or _edge(base))
+    if any(family.partition("@")[0] == "decode" for family in families):
+        model = replace(model, mask_token=True)
+    return model
+
+
 def _stage(text: str, part: str, base: Config, first: bool) -> tuple[Stage, float | None]:
     """One stage and its share, if it names one."""
     head, *settings = part.split("/")
@@ -84,7 +114,7 @@ def _stage(text: str, part: str, base: Config, first: bool) -> tuple[Stage, floa
     share = None if not share_text else _number(text, share_text, "share") / 100
     if family == "maskdm" and (rate_text or isinstance(masked.mask, NoMask)):
         raise UserError(f"--arms '{text}': maskdm takes the mask of the recipe's masked stage; name a mask, such as patch-50")
-    mask = masked.mask if family == "maskdm" else _mask(text, family, rate_text)
+    mask = masked.mask if family == "maskdm" else _mask(text, family, rate_text, base)
     of_whole = isinstance(mask, NoMask)
     start = masked if first or not of_whole else whole
     batch = whole.batch if of_whole else masked.batch
@@ -122,14 +152,26 @@ def _number(text: str, value: str, what: str) -> float:
         raise UserError(f"--arms '{text}': {what} is '{value}', which is no number") from None
 
 
-def _mask(text: str, family: str, rate: str) -> Mask:
-    hidden = _number(text, rate, "the share hidden") / 100 if rate else 0.5
+def _mask(text: str, family: str, rate: str, base: Config) -> Mask:
+    hidden = _number(text, rate, "the share hidden") / 100 if rate else 0.75 if family == "sprint" else 0.5
     if not 0 < hidden < 1:
         raise UserError(f"--arms '{text}': {rate} % hidden; give more than 0 and less than 100")
     if family == "whole" and not rate:
         return NoMask()
-    if family in ("patch", "route", "defer"):
-        return {"patch": PatchMask, "route": RouteMask, "defer": DeferMask}[family](hidden)
+    ends = _edge(base)
+    match family:
+        case "patch":
+            return PatchMask(hidden)
+        case "route":
+            return RouteMask(hidden, base.model.fuse or ends)
+        case "sprint":
+            return RouteMask(hidden, base.model.fuse or ends, spread=hidden in (0.25, 0.5, 0.75) and not any(n % 2 for n in base.grid))
+        case "defer":
+            return DeferMask(hidden, ends)
+        case "decode":
+            return DecodeMask(hidden, ends)
+        case _:
+            pass
     if family.startswith("views") and family[5:].isdigit() and not rate:
         return ViewsMask(int(family[5:]))
     if family.startswith("block") and family[5:].isdigit():

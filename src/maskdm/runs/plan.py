@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from maskdm.config import BlockMask, Budget, Config, CropMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, UViTConfig, ViewsMask
+from maskdm.config import BlockMask, Budget, Config, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, UViTConfig, ViewsMask
 from maskdm.engine import Machine, Progress
 from maskdm.masking import hidden_rate, num_kept, num_sequences, tokens_of_blocks
 
@@ -22,10 +22,12 @@ def describe_mask(mask: Mask) -> str:
             return f"crop {size} x {size}"
         case ViewsMask(groups=groups):
             return f"{groups} disjoint views"
-        case RouteMask(ratio=ratio, edge=edge):
-            return f"route, {ratio:.0%} pass by all but {edge} blocks at either end"
+        case RouteMask(ratio=ratio, edge=edge, spread=spread):
+            return f"route, {ratio:.0%}{' evenly spread' if spread else ''} pass by all but {edge} blocks at either end"
         case DeferMask(ratio=ratio, mixer=mixer):
             return f"defer, {ratio:.0%} after {mixer} blocks"
+        case DecodeMask(ratio=ratio, decoder=decoder):
+            return f"decode, {ratio:.0%} until the last {decoder} blocks"
 
 
 def describe_budget(budget: Budget) -> str:
@@ -44,10 +46,11 @@ def ideal_speedup(config: Config, mask: Mask) -> float:
 def flops(config: Config, mask: Mask, images: int) -> float:
     """Arithmetic of the blocks, forward and backward, for training images: 3 (24 n d^2 + 4 n^2 d) for a block on n patches.
 
-    And 12 n d^2 for each long skip of a U-ViT.
+    And 12 n d^2 for each long skip of a U-ViT, and for the layer behind `model.fuse`.
     """
     tokens, width = tokens_of_blocks(mask, config.grid, config.blocks), config.model.width
     joined = tokens[config.blocks // 2 + 1 :] if isinstance(config.model, UViTConfig) else []
+    joined = [*joined, tokens[-1]] if config.model.fuse else joined
     return 3.0 * images * (_blocks(config, mask) + num_sequences(mask) * 4 * sum(joined) * width**2)
 
 
@@ -59,7 +62,7 @@ def _blocks(config: Config, mask: Mask) -> float:
 
 
 def tokens_per_image(config: Config, mask: Mask) -> int:
-    """Patches of an image that enter the network, over all its sequences."""
+    """Patches of an image that the first block works on, over all its sequences."""
     return num_sequences(mask) * tokens_of_blocks(mask, config.grid, config.blocks)[0]
 
 
