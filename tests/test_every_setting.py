@@ -59,7 +59,7 @@ def base(folder: Path) -> Config:
     """A configuration in which every setting can matter."""
     return Config(
         data=Data(str(folder), (8, 8), heldout=0.25, flip=0.3, conditional=True, max_broken=0.2),
-        model=UViTConfig(width=16, depth=3, heads=2, patch=2),
+        model=UViTConfig(width=16, depth=3, heads=2, patch=2, fuse=1),
         diffusion=Diffusion(target="v", weight=MinSNRWeight(0.5), timesteps=LogitNormalTimesteps()),
         stages=(
             Stage("one", Budget(steps=3, images=9, minutes=1.0), PatchMask(0.5), batch=4, warmup=2, lr=1e-2),
@@ -86,6 +86,8 @@ CHANGES: dict[str, str] = {
     "model.patch": "1",
     "model.mlp_ratio": "2",
     "model.qkv_bias": "true",
+    "model.fuse": "0",
+    "model.mask_token": "true",
     "diffusion.schedule": "linear",
     "diffusion.target": "eps",
     "diffusion.weight.kind": "uniform",
@@ -120,6 +122,7 @@ CHANGES: dict[str, str] = {
     "sampling.steps": "5",
     "sampling.eta": "0",
     "sampling.guidance": "3",
+    "sampling.guide": "path",
     "seed": "1",
 }
 """Settings whose change must show in the data, the network, the trained weights or the samples."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from maskdm.config import SCHEDULERS, Sampling
 from maskdm.diffusion import Schedule, Target, alpha_sigma, convert
 from maskdm.errors import UserError
-from maskdm.models import Denoiser, DenoiserOutput, UViT
+from maskdm.masking import Route
+from maskdm.models import Denoiser, DenoiserOutput, DiT, UViT
 from maskdm.runs.sample import draw_images, fitting_batch
 from maskdm.sampling import MaskDMPipeline, make_scheduler, offered, seeded
 
@@ -93,6 +94,24 @@ def test_guidance_extrapolates_from_the_null_class() -> None:
     conditional, null = pipeline.unet(x, t, labels).sample, pipeline.unet(x, t, None).sample
     torch.testing.assert_close(pipeline._predict(x, t, labels, 3.0), null + 3.0 * (conditional - null), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(pipeline._predict(x, t, labels, 1.0), conditional)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_path_guidance_extrapolates_from_the_outer_blocks_alone(classes: int) -> None:
+    torch.manual_seed(0)
+    network = DiT(8, 1, 2, 16, 4, 2, num_classes=classes, fuse=1).eval()
+    for parameter in network.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    pipeline = MaskDMPipeline(network, make_scheduler("ddim", "cosine", "v"), "v", "cosine", ["a", "b", "c"][:classes])
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 2]) if classes else None
+    all_shallow = Route(None, 1, 1, torch.tensor([True, True]))
+    weak, strong = network(x, t, None, None, all_shallow).sample, network(x, t, labels).sample
+    torch.testing.assert_close(pipeline._predict(x, t, labels, 3.0, "path"), weak + 3.0 * (strong - weak), atol=1e-5, rtol=1e-4)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(2, None if labels is None else labels, num_inference_steps=2, guidance_scale=2.0, guide="path", output_type="pt")
+    assert drawn.images.shape == (2, 1, 8, 8)
+    with pytest.raises(UserError, match="guide path needs a network with fuse"):
+        small()(2, num_inference_steps=1, guide="path")
 
 
 def test_clipping_keeps_the_image_in_range_and_the_noise_consistent() -> None:

@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from maskdm import __version__
-from maskdm.config import SchedulerName
+from maskdm.config import GuideName, SchedulerName
 from maskdm.errors import UserError
 
 Data = Annotated[
@@ -106,7 +106,8 @@ class Sample:
     steps: Annotated[int | None, arg(help="denoising steps; the run's setting if left out")] = None
     scheduler: Annotated[SchedulerName | None, arg(help="sampler; the run's setting if left out")] = None
     eta: Annotated[float | None, arg(help="noise added back by ddim, 0 to 1; the run's setting if left out")] = None
-    guidance: Annotated[float | None, arg(help="classifier-free guidance scale, 1 for none; the run's setting if left out")] = None
+    guidance: Annotated[float | None, arg(help="guidance scale, 1 for none; the run's setting if left out")] = None
+    guide: Annotated[GuideName | None, arg(help="what guidance leads away from: the null label, or the shallow path; the run's setting")] = None
     seed: Annotated[int, arg(help="seed of the noise")] = 0
     labels: Annotated[tuple[str, ...], arg(help="classes to draw, by name or number, in turn; all if left out")] = ()
     batch: Annotated[int | None, arg(help="images computed at a time; fitted to the network and the device if left out")] = None
@@ -143,7 +144,8 @@ class Evaluate:
     steps: Annotated[int | None, arg(help="denoising steps; the run's setting if left out")] = None
     scheduler: Annotated[SchedulerName | None, arg(help="sampler; the run's setting if left out")] = None
     eta: Annotated[float | None, arg(help="noise added back by ddim, 0 to 1; the run's setting if left out")] = None
-    guidance: Annotated[float | None, arg(help="classifier-free guidance scale, 1 for none; the run's setting if left out")] = None
+    guidance: Annotated[float | None, arg(help="guidance scale, 1 for none; the run's setting if left out")] = None
+    guide: Annotated[GuideName | None, arg(help="what guidance leads away from: the null label, or the shallow path; the run's setting")] = None
     seed: Annotated[int, arg(help="seed of the samples' noise")] = 0
     precision: Annotated[PrecisionName, arg(help="arithmetic of the network; auto is bf16 where the machine has it")] = "auto"
 
@@ -356,7 +358,7 @@ def _compare(verb: Compare, settings: list[tuple[str, str]]) -> int:
 def _evaluate(verb: Evaluate) -> str:
     from maskdm import runs
 
-    of_a_run = ("num", "steps", "scheduler", "eta", "guidance", "seed", "precision", "weights", "ema")
+    of_a_run = ("num", "steps", "scheduler", "eta", "guidance", "guide", "seed", "precision", "weights", "ema")
     sampling = None
     if verb.run is not None:
         sampling = runs.SampleRequest(verb.run, verb.run, **{name: getattr(verb, name) for name in of_a_run})

@@ -141,6 +141,9 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 SchedulerName = Literal["ddim", "ddpm", "deis", "dpm++", "dpm++sde", "euler", "euler-a", "heun", "lms", "pndm", "sa", "unipc"]
 
 
+GuideName = Literal["label", "path"]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How samples are drawn during and after training."""
@@ -148,7 +151,10 @@ class Sampling:
     scheduler: Annotated[SchedulerName, "sampler, by its name in diffusers"] = "ddim"
     steps: Annotated[int, "denoising steps"] = 50
     eta: Annotated[float, "noise added back by ddim: 0 for none, 1 for as much as ddpm"] = 0.0
-    guidance: Annotated[float, "classifier-free guidance scale; 1 for none"] = 1.0
+    guidance: Annotated[float, "guidance scale; 1 for none"] = 1.0
+    guide: Annotated[
+        GuideName, "what guidance leads away from: label, the null class; or path, the outer blocks alone of a network with model.fuse"
+    ] = "label"
     num: Annotated[int, "images in a grid of samples"] = 64
 
     def __post_init__(self) -> None:

@@ -247,7 +247,9 @@ def _other_seconds(config: Config, dataset: Dataset, stages: tuple[StageForecast
     """Evaluations of held-out and training images, and samples; a forward pass is a third of a step."""
     forward = 1 / whole.images_per_second / 3
     _, heldout = dataset.split(config.data.heldout, config.seed)
-    guided = 2 if config.sampling.guidance != 1 else 1
+    guided = 1.0 if config.sampling.guidance == 1 else 2.0
+    if guided > 1 and config.sampling.guide == "path":
+        guided = 1 + 2 * config.model.fuse / config.blocks
     evaluation = 2 * min(MEASURED, len(heldout)) * LEVELS * forward
     per_sample = config.sampling.steps * guided * forward
     evaluation += config.evaluation.samples * per_sample

@@ -253,6 +253,7 @@ class Observer:
                 num_inference_steps=settings.steps,
                 eta=settings.eta,
                 guidance_scale=settings.guidance,
+                guide=settings.guide,
                 on_step=lambda _, x: steps.append(x.float().cpu()),
             )
         chosen = [steps[i] for i in np.linspace(0, len(steps) - 1, min(STRIP_COLUMNS, len(steps))).round().astype(int)]

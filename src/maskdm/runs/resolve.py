@@ -70,7 +70,7 @@ def resolve(request: TrainRequest) -> Resolved:
     config = replace(config, hardware=hardware)
     make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)  # refuses what does not fit
     require(config.tracking)
-    check_guidance(config.sampling.guidance, config.data.conditional, config.diffusion.label_drop)
+    check_guidance(config.sampling, config)
     reasons = (
         *reasons,
         *(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import maskdm
-from maskdm.config import Config, Hardware, Sampling, SchedulerName
+from maskdm.config import Config, GuideName, Hardware, Sampling, SchedulerName
 from maskdm.data import to_uint8
 from maskdm.engine import Precision, autocast, out_of_memory, this_machine
 from maskdm.errors import UserError, nearest
@@ -24,10 +24,10 @@ TOKENS = {"cpu": 4096, "cuda": 1 << 18, "mps": 1 << 15}
 """Patches that the network is given at once, unless the user says otherwise: enough to fill the machine (docs/performance.md)."""
 
 
-def fitting_batch(pipeline: maskdm.MaskDMPipeline, guidance: float = 1.0) -> int:
+def fitting_batch(pipeline: maskdm.MaskDMPipeline, guidance: float = 1.0, guide: GuideName = "label") -> int:
     """Images to compute at a time: a function of the network and the kind of device, so that a seed gives the same images again."""
     down, across = pipeline.unet.grid
-    twice = 2 if guidance != 1 and pipeline.unet.num_classes else 1
+    twice = 2 if guidance != 1 and guide == "label" and pipeline.unet.num_classes else 1
     return max(1, TOKENS[pipeline.device.type] // (down * across * twice))
 
 
@@ -46,7 +46,7 @@ def draw_images(
     Image i starts from noise that is a function of (seed, i), so it does not depend on the batch or on the other images, but
     for rounding. Where memory runs out, the batch is halved.
     """
-    batch = min(batch or fitting_batch(pipeline, settings.guidance), len(indices))
+    batch = min(batch or fitting_batch(pipeline, settings.guidance, settings.guide), len(indices))
     drawn: list[NDArray[np.uint8]] = []
     start = 0
     while start < len(indices):
@@ -60,6 +60,7 @@ def draw_images(
                     num_inference_steps=settings.steps,
                     eta=settings.eta,
                     guidance_scale=settings.guidance,
+                    guide=settings.guide,
                     output_type="pt",
                     return_dict=False,
                 )
@@ -87,6 +88,7 @@ class SampleRequest:
     scheduler: SchedulerName | None = None
     eta: float | None = None
     guidance: float | None = None
+    guide: GuideName | None = None
     seed: int = 0
     labels: tuple[str, ...] = ()
     batch: int | None = None
@@ -124,12 +126,17 @@ def sample(
     return [*paths, overview]
 
 
-def check_guidance(guidance: float, conditional: bool, label_drop: float) -> None:
+def check_guidance(settings: Sampling, config: Config) -> None:
     """Raise UserError where guidance would have nothing to work with."""
-    if guidance != 1 and not conditional:
+    if settings.guidance == 1:
+        return
+    if settings.guide == "path" and not config.model.fuse:
+        raise UserError("guide path needs a network trained with model.fuse, and this one has none; use guide label, or guidance 1")
+    if settings.guide == "label" and not config.data.conditional:
         raise UserError("guidance needs a model trained with classes, and this one is not; leave it at 1")
-    if guidance != 1 and label_drop == 0:
-        raise UserError("guidance needs a null class that was trained, and diffusion.label_drop is 0; leave it at 1")
+    if config.diffusion.label_drop == 0:
+        lacking = "a null class" if settings.guide == "label" else "the shallow path by itself"
+        raise UserError(f"guidance needs {lacking} that was trained, and diffusion.label_drop is 0; leave it at 1")
 
 
 def sampling_settings(config: Config, request: SampleRequest) -> Sampling:
@@ -137,9 +144,9 @@ def sampling_settings(config: Config, request: SampleRequest) -> Sampling:
     scheduler = request.scheduler or config.sampling.scheduler
     if request.eta and scheduler != "ddim":
         raise UserError(f"--eta belongs to the scheduler ddim, and not to {scheduler}; leave it out")
-    given = {key: getattr(request, key) for key in ("steps", "scheduler", "eta", "guidance") if getattr(request, key) is not None}
+    given = {key: getattr(request, key) for key in ("steps", "scheduler", "eta", "guidance", "guide") if getattr(request, key) is not None}
     settings = replace(config.sampling, **given)
-    check_guidance(settings.guidance, config.data.conditional, config.diffusion.label_drop)
+    check_guidance(settings, config)
     return settings
 
 

@@ -11,8 +11,10 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from maskdm.config import GuideName
 from maskdm.diffusion import Target, convert
 from maskdm.errors import UserError
+from maskdm.masking import Route
 from maskdm.models import Denoiser
 from maskdm.sampling.schedulers import TARGETS, prediction_type
 
@@ -43,6 +45,7 @@ class MaskDMPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         eta: float = 0.0,
         guidance_scale: float = 1.0,
+        guide: GuideName = "label",
         clip: bool = True,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -51,13 +54,16 @@ class MaskDMPipeline(DiffusionPipeline):
         """Draw `batch_size` images.
 
         class_labels: one per image, the null class (or None) for unconditional. generator: one, or one per image.
-        guidance_scale: 1 for none; above, classifier-free guidance (arXiv 2207.12598), of conditional networks only.
+        guidance_scale: 1 for none; above, guidance away from the null class (guide "label", arXiv 2207.12598), of conditional networks
+        only, or from what the outer blocks alone predict without a class (guide "path", arXiv 2510.21986), of networks with `fuse` only.
         clip: keep the predicted image within [-1, 1] at each step. eta: 0..1, for ddim. on_step: called with the step
         number and x_t. output_type: "pil", "np" [B, H, W, C] in 0..1, or "pt" [B, C, H, W] in 0..1.
         Raises UserError for labels that do not fit.
         """
         labels = self._labels(class_labels, batch_size)
-        guided = guidance_scale != 1 and self.unet.num_classes > 0
+        if guide == "path" and not self.unet.fuse:
+            raise UserError("guide path needs a network with fuse, and this one has none; use guide label")
+        guided = guidance_scale != 1 and (guide == "path" or self.unet.num_classes > 0)
         shape = (batch_size, self.unet.config["in_channels"], *self.unet.size)
         x = randn_tensor(shape, generator=generator, device=self.device)
         if "clip_sample" in self.scheduler.config:  # on in the saved folder, for stock pipelines, which do not clip themselves
@@ -69,7 +75,7 @@ class MaskDMPipeline(DiffusionPipeline):
         steps: Any = self.progress_bar(self.scheduler.timesteps)  # pyright: ignore[reportCallIssue] - diffusers binds it oddly
         for number, t in enumerate(steps):
             model_input = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
-            output = self._predict(model_input, t, labels, guidance_scale if guided else 1.0)
+            output = self._predict(model_input, t, labels, guidance_scale if guided else 1.0, guide)
             x = self.scheduler.step(self._for_scheduler(output, model_input, t, clip), t, x, **extra).prev_sample
             if on_step is not None:
                 on_step(number, x)
@@ -90,10 +96,14 @@ class MaskDMPipeline(DiffusionPipeline):
             raise UserError(f"give one label per image, from 0 to {null - 1} ({null} for none): {batch} images, labels {labels.tolist()}")
         return labels
 
-    def _predict(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-        if guidance == 1.0 or labels is None:
+    def _predict(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance: float, guide: GuideName = "label") -> Tensor:
+        if guidance == 1.0:
             return self.unet(x, t, labels).sample
-        null = torch.full_like(labels, self.unet.num_classes)
+        null = None if labels is None else torch.full_like(labels, self.unet.num_classes)
+        if guide == "path":
+            nothing = Route(torch.zeros(len(x), 0, dtype=torch.int64, device=x.device), self.unet.fuse, self.unet.fuse)
+            return torch.lerp(self.unet(x, t, null, route=nothing).sample, self.unet(x, t, labels).sample, guidance)
+        assert labels is not None and null is not None
         conditional, unconditional = self.unet(torch.cat([x, x]), t, torch.cat([labels, null])).sample.chunk(2)
         return torch.lerp(unconditional, conditional, guidance)
 
