@@ -39,7 +39,7 @@ def make_trainer(config: Config, dataset: Dataset) -> Trainer:
     """A trainer of the digits recipe on this machine."""
     torch.manual_seed(0)
     machine = this_machine(Hardware())
-    training, _ = dataset.split(config.data.heldout, config.seed)
+    training, _ = dataset.split(config.data.heldout, config.seed, config.data.limit)
     return Trainer(config, Loader(dataset, training, 0), build(config.model, config.data, 10), machine.device, machine.precision)
 
 
@@ -94,7 +94,7 @@ def accuracy(config: Config, dataset: Dataset, steps: int, decay: Literal["const
                 for w, s in zip(trainer.powers.sigma_rel, snapshot(trainer.powers), strict=True)
             ]
     weights = flat({n: p.detach() for n, p in trainer.model.named_parameters()})
-    _, heldout = dataset.split(config.data.heldout, config.seed)
+    _, heldout = dataset.split(config.data.heldout, config.seed, config.data.limit)
     heldout = heldout[:128]
     images = torch.from_numpy(dataset.images[heldout].transpose(0, 3, 1, 2).copy())
     assert dataset.labels is not None

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from maskdm.config import BlockMask, Budget, CropMask, DeferMask, NoMask, PatchMask, RouteMask, Stage, ViewsMask
+from maskdm.config import BlockMask, Budget, CropMask, DecodeMask, DeferMask, NoMask, PatchMask, RouteMask, Stage, ViewsMask
 from maskdm.errors import UserError
 from maskdm.recipes import recipe
 from maskdm.recipes.arms import Arm, parse_arm, parse_arms
@@ -49,6 +49,24 @@ def test_a_name_of_ones_own() -> None:
     arm = parse_arm("fast=patch-75@50/lr=1e-3", BASE)
     assert arm.name == "fast" and arm.stages[0].lr == 1e-3
     assert parse_arm("patch-75/batch=8", BASE).name == "patch-75/batch=8"
+
+
+def test_the_newer_families_bring_the_layers_they_need() -> None:
+    sprint, decode = parse_arm("sprint@70", BASE), parse_arm("decode-50", BASE)
+    assert sprint.stages[0].mask == RouteMask(0.75, 2, spread=True) and sprint.model.fuse == 2
+    assert decode.stages[0].mask == DecodeMask(0.5, 2) and decode.model.mask_token and not decode.model.fuse
+    assert parse_arm("route-50", BASE).model == BASE.model
+    assert parse_arm("sprint-40", BASE).stages[0].mask == RouteMask(0.4, 2)
+    config = sprint.config(BASE, 0, lambda stage, share: Budget(images=10))
+    assert config.model.fuse == 2 and config.init is None
+
+
+def test_an_arm_may_start_from_a_run_of_its_seed() -> None:
+    arm = parse_arm("mine=whole/lr=1e-4/init=runs/pre-{seed}/x", BASE)
+    assert arm.name == "mine" and arm.stages[0].lr == 1e-4
+    assert arm.config(BASE, 3, lambda stage, share: Budget(images=10)).init == "runs/pre-3/x"
+    with pytest.raises(UserError, match="give an arm that starts from a run a name, as in pretrained=whole/init=runs/a"):
+        parse_arm("whole/init=runs/a", BASE)
 
 
 def test_budgets_are_made_from_shares() -> None:

@@ -105,7 +105,7 @@ def test_another_comparison_in_the_same_place_is_refused(done: tuple[Path, dict[
         (["--budget", "1s", "--num", "3"], "--num is 3"),
         (["--budget", "1s", "--arms", "whole"], "at least two"),
         (["--budget", "1s", "--heldout", "0"], "held-out images are too few"),
-        (["--budget", "1s", "--init", "elsewhere"], "leave --init out"),
+        (["--budget", "1s", "--init", "elsewhere"], "name the arm that starts from a run"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -406,3 +406,13 @@ def test_real_table_is_ready_quickly_the_second_time(cache: Path) -> None:
     started = time.perf_counter()
     prepare(source, settings((32, 32)), cache)
     assert time.perf_counter() - started < 0.5
+
+
+def test_a_limit_takes_some_of_those_to_train_on_and_a_smaller_one_some_of_those() -> None:
+    data = fake(np.arange(200))
+    train, heldout = data.split(0.1, 3)
+    many, same = data.split(0.1, 3, 100)
+    few, _ = data.split(0.1, 3, 30)
+    assert np.array_equal(heldout, same) and len(many) == 100 and len(few) == 30
+    assert set(few) < set(many) < set(train) and (np.diff(many) > 0).all()
+    assert np.array_equal(data.split(0.1, 3, 10_000)[0], train) and not np.array_equal(data.split(0.0, 3, 30)[0], data.split(0.0, 4, 30)[0])

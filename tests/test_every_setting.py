@@ -79,6 +79,7 @@ CHANGES: dict[str, str] = {
     "data.background": "#000000",
     "data.flip": "0.9",
     "data.heldout": "0.4",
+    "data.limit": "5",
     "model.kind": "{kind: dit, width: 16, depth: 3, heads: 2, patch: 2}",
     "model.width": "32",
     "model.depth": "5",
@@ -139,7 +140,7 @@ ELSEWHERE = {
 def effects(config: Config, cache: Path) -> str:
     """A digest of the data, the weights and averages after training, and samples."""
     dataset = prepare(open_source(config.data.source), config.data, cache, None)
-    training, heldout = dataset.split(config.data.heldout, config.seed)
+    training, heldout = dataset.split(config.data.heldout, config.seed, config.data.limit)
     torch.manual_seed(config.seed)
     model = build(config.model, config.data, len(dataset.class_names) if config.data.conditional else 0)
     trainer = Trainer(config, Loader(dataset, training, config.seed), model, CPU, "fp32")

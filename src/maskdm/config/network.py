@@ -20,6 +20,7 @@ class Data:
     background: Annotated[str, "colour laid under transparent images and around padded ones, as #rrggbb"] = "#ffffff"
     flip: Annotated[float, "probability that a training image is mirrored left to right"] = 0.0
     heldout: Annotated[float, "share of the images never trained on, kept for evaluation (5 000 at most)"] = 0.05
+    limit: Annotated[int | None, "images trained on, drawn at random from those not held out; none: all"] = None
     max_broken: Annotated[float, "share of unreadable files that is skipped; above it the run is refused"] = 0.05
 
     def __post_init__(self) -> None:
@@ -28,6 +29,7 @@ class Data:
         require(max(height, width) <= 4096, f"data.image_size is {height}x{width}; the most is 4096 pixels a side")
         require(0 <= self.flip <= 1, f"data.flip is {self.flip}; give a probability from 0 to 1")
         require(0 <= self.heldout <= 0.5, f"data.heldout is {self.heldout}; give a share from 0 to 0.5")
+        require(self.limit is None or self.limit >= 1, f"data.limit is {self.limit}; give at least 1, or none")
         require(0 <= self.max_broken <= 1, f"data.max_broken is {self.max_broken}; give a share from 0 to 1")
         digits = self.background.removeprefix("#")
         good = len(digits) == 6 and all(c in "0123456789abcdefABCDEF" for c in digits)

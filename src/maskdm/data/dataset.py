@@ -55,17 +55,24 @@ class Dataset:
         """[n, 32], SHA-256 of each image's pixels."""
         return np.load(self.path / HASHES, allow_pickle=False)
 
-    def split(self, heldout_share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows to train on and rows held out, each in ascending order: a function of the data, share and seed alone.
+    def split(self, heldout_share: float, seed: int, limit: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows to train on and rows held out, each in ascending order: a function of the data, share, limit and seed alone.
 
         About min(5 000, share * n) are held out, at least one; each class gives its share, and keeps an image to train
-        on where it can. Images with the same pixels are never on both sides. None is held out where all are the same.
+        on where it can. Images with the same pixels are never on both sides. None is held out where all are the same. Of those to
+        train on at most `limit` are taken, at random; a smaller limit takes some of a larger one's.
         """
         count = min(MAX_HELDOUT, round(heldout_share * len(self)))
         if heldout_share <= 0 or len(self) < 2:
-            return np.arange(len(self), dtype=np.int64), np.zeros(0, dtype=np.int64)
+            return _some(np.arange(len(self), dtype=np.int64), limit, seed), np.zeros(0, dtype=np.int64)
         heldout = _hold_out(self.hashes, self.labels, max(1, count), np.random.default_rng(np.random.SeedSequence([seed])))
-        return np.flatnonzero(~heldout).astype(np.int64), np.flatnonzero(heldout).astype(np.int64)
+        return _some(np.flatnonzero(~heldout).astype(np.int64), limit, seed), np.flatnonzero(heldout).astype(np.int64)
+
+
+def _some(rows: NDArray[np.int64], limit: int | None, seed: int) -> NDArray[np.int64]:
+    if limit is None or limit >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(np.random.SeedSequence([seed, 1])).permutation(rows)[:limit])
 
 
 def duplicates(dataset: Dataset) -> list[list[str]]:

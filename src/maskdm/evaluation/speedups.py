@@ -95,6 +95,7 @@ def compare_curves(arm: str, curves: Sequence[Curve], against: str, others: Sequ
     elif low > 1 / MARGIN and high < MARGIN:
         text = f"no difference: {arm} and {against} are as fast, to {MARGIN - 1:.0%} (speed-up {mean:.2f}, {span})"
     else:
+        span = span if mean >= 1 else f"95 % interval {1 / high:.2f} to {1 / low:.2f}, {len(ratios)} seeds"
         text = f"no difference shown: {_words(arm, against, mean)} ({span}); more seeds or a longer budget may tell"
     return Verdict(arm, against, mean, low, high, len(ratios), text)
 

@@ -37,11 +37,14 @@ class Arm:
     shares: tuple[float, ...]
     stages: tuple[Stage, ...]
     model: Model
+    init: str | None = None
+    """Run whose weights to start from; {seed} in it stands for the seed."""
 
     def config(self, base: Config, seed: int, budget: Callable[[Stage, float], Budget]) -> Config:
         """The run of a seed; `budget` makes a stage's from its share."""
         stages = tuple(replace(stage, budget=budget(stage, share)) for stage, share in zip(self.stages, self.shares, strict=True))
-        return replace(base, model=self.model, stages=stages, seed=seed)
+        init = None if self.init is None else self.init.replace("{seed}", str(seed))
+        return replace(base, model=self.model, stages=stages, seed=seed, init=init)
 
 
 def parse_arm(text: str, base: Config) -> Arm:
@@ -49,9 +52,12 @@ def parse_arm(text: str, base: Config) -> Arm:
 
     The first stage has the batch, learning rate and warm-up of the base's first masked stage (of the first, where none is), whole images
     those of its last whole one. A whole stage that comes first learns at the first rate: it is no fine-tuning. Rates are constant, so
-    that an arm is comparable at any time; /decay=cosine for another course.
+    that an arm is comparable at any time; /decay=cosine for another course. /init=RUN, at the end, starts from a run's weights.
     """
+    text, _, init = text.partition("/init=")
     name, named, spec = text.partition("=") if "=" in text.split("/")[0] else (text, "", text)
+    if init and not named:
+        raise UserError(f"--arms '{text}/init={init}': give an arm that starts from a run a name, as in pretrained={text}/init={init}")
     good = bool(name) and all(c.isalnum() or c in "-_.+@/=" for c in name)
     if not good or (named and not all(c.isalnum() or c in "-_" for c in name)):
         raise UserError(f"--arms '{text}': name an arm with letters, digits, - and _")
@@ -72,7 +78,7 @@ def parse_arm(text: str, base: Config) -> Arm:
         whole, _ = _stage(text, "whole", base, first=False)
         stages.append(replace(whole, name=f"{len(stages) + 1}-whole"))
         shares.append(left)
-    arm = Arm(name, tuple(shares), tuple(stages), _model(base, [part.partition("-")[0] for part in spec.split("+")]))
+    arm = Arm(name, tuple(shares), tuple(stages), _model(base, [part.partition("-")[0] for part in spec.split("+")]), init or None)
     arm.config(base, base.seed, lambda stage, share: Budget(minutes=share)).check()
     return arm
 

@@ -27,12 +27,12 @@ from maskdm.runs.compare_results import Contest, Record, summarize
 from maskdm.runs.directory import write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
-from maskdm.runs.plan import flops
+from maskdm.runs.plan import flops, stage_records
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
 from maskdm.runs.sample import draw_images
 from maskdm.runs.sets import CLASSES, images_and_labels, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, make_pipeline, state_hash
-from maskdm.runs.train import Interrupted, prepare_data, set_up_torch, stop_requests
+from maskdm.runs.train import Interrupted, initialize, prepare_data, set_up_torch, stop_requests
 from maskdm.settings import differences, from_plain, to_plain
 
 SLICES = 20
@@ -99,15 +99,19 @@ class CompareRequest:
 class Contestant:
     """One arm under one seed: a trainer, what has been measured of it, and where both are kept."""
 
-    def __init__(self, arm: Arm, config: Config, folder: Path, dataset: Dataset, rows: NDArray[np.int64], machine: Machine) -> None:
+    def __init__(
+        self, arm: Arm, config: Config, folder: Path, dataset: Dataset, rows: NDArray[np.int64], machine: Machine, display: Display
+    ) -> None:
         self.arm, self.config, self.folder = arm, config, folder / f"seed-{config.seed}"
-        classes = len(dataset.class_names) if config.data.conditional else 0
+        classes = list(dataset.class_names) if config.data.conditional else []
         torch.manual_seed(derive("weights", config.seed))
-        model = build(config.model, config.data, classes)
+        model = build(config.model, config.data, len(classes))
+        found = checkpoint.names(self.folder)
+        if not found:
+            initialize(config, model, classes, display)
         self.trainer = Trainer(config, Loader(dataset, rows, config.seed), model, machine.device, machine.precision)
         self.records: list[Record] = []
         self.final: dict[str, Any] | None = None
-        found = checkpoint.names(self.folder)
         if found:
             saved = checkpoint.load(self.folder / found[-1])
             self.trainer.restore(saved.tensors, saved.numbers)
@@ -147,17 +151,17 @@ def compare(request: CompareRequest, display: Display) -> str:
     base = replace(resolved.config, ema=replace(resolved.config.ema, snapshots=0), tracking=(), init=resolved.config.init)
     arms = parse_arms(request.arms, base)
     if base.init is not None:
-        raise UserError("compare trains every arm from scratch; leave --init out")
+        raise UserError("--init would be every arm's; name the arm that starts from a run: pretrained=whole/init=RUN")
     _begin(request, base, out)
     display.heading(f"maskdm {maskdm.__version__}: {', '.join(arm.name for arm in arms)} on {request.train.data}, {request.budget} each")
     set_up_torch(base, resolved)
     dataset = prepare_data(resolved, display)
-    training, heldout = dataset.split(base.data.heldout, base.seed)
+    training, heldout = dataset.split(base.data.heldout, base.seed, base.data.limit)
     if len(heldout) < LEAST_MEASURED:
         raise UserError(f"{len(heldout)} held-out images are too few to compare by; hold at least {LEAST_MEASURED} out (--heldout)")
     budgets = cost.stage_budget(base)
     contestants = [
-        Contestant(arm, arm.config(base, base.seed + i, budgets), out / "arms" / arm.name, dataset, training, resolved.machine)
+        Contestant(arm, arm.config(base, base.seed + i, budgets), out / "arms" / arm.name, dataset, training, resolved.machine, display)
         for i in range(request.seeds)
         for arm in arms
     ]
@@ -167,7 +171,7 @@ def compare(request: CompareRequest, display: Display) -> str:
         for each in contestants:
             if each.final is None:
                 display.note(f"measuring {each.arm.name}, seed {each.config.seed}")
-                each.final = judge.measure(each)
+                each.final = judge.measure(each) | {"stages": stage_records(each.config, each.trainer.progress)}
                 write_text(each.folder / "final.json", json.dumps(each.final, indent=1))
             if stop:
                 raise Interrupted(f"stopped by {stop[0]}, and saved; the same command resumes")

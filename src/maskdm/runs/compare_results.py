@@ -53,7 +53,7 @@ def summarize(contest: Contest, about: Mapping[str, Any], out: Path) -> str:
     record = {**about, "features": features, "arms": arms, "verdicts": verdicts, "curves": contest.records}
     write_text(out / "compare.json", json.dumps(_plain(record), indent=1))
     draw(contest, arms, out / "compare.png")
-    lines = [_table(arms), *(verdict["text"] for verdict in verdicts)]
+    lines = [_table(arms), *_speeds(arms), *(verdict["text"] for verdict in verdicts)]
     return "\n".join([*lines, f"picture: {out / 'compare.png'}", f"figures: {out / 'compare.json'}"])
 
 
@@ -70,7 +70,19 @@ def _figures(contest: Contest, arm: str) -> dict[str, Any]:
         estimate = over_seeds([float(value) for value in values])
         own = _at(contest.finals[arm][0], (*path[:-1], f"{path[-1]}_interval"))
         found |= _put(name, Estimate(estimate.value, *own) if len(values) == 1 and own is not None else estimate)
+    found["stages"] = [_speed(contest, arm, number) for number in range(len(contest.finals[arm][0].get("stages", ())))]
     return found
+
+
+def _speed(contest: Contest, arm: str, number: int) -> dict[str, Any]:
+    """A stage's images per second, median over seeds, against whole images' of any arm, and what the arithmetic alone would give."""
+    here = [final["stages"][number] for final in contest.finals[arm]]
+    rates = [stage["images_per_second"] for stage in here if stage["images_per_second"]]
+    everywhere = [stage for finals in contest.finals.values() for final in finals for stage in final.get("stages", ())]
+    whole = [stage["images_per_second"] for stage in everywhere if stage["mask"] == "none" and stage["images_per_second"]]
+    rate = float(np.median(rates)) if rates else math.nan
+    found = {key: here[0][key] for key in ("name", "mask", "batch", "lr", "ideal_speedup")}
+    return found | {"images_per_second": rate, "speedup": rate / float(np.median(whole)) if whole else math.nan}
 
 
 def _at(record: Any, path: Sequence[str]) -> Any:
@@ -113,6 +125,16 @@ def _table(arms: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append([*row, *(_cell(found, key) for key in ("loss", "distance", "precision", "recall"))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _speeds(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line per masked stage: how much faster it went through images, and how much it should have."""
+    stages = [(name, stage) for name, found in arms.items() for stage in found["stages"] if stage["mask"] != "none"]
+    return [
+        f"{name}, {stage['name']}: {stage['speedup']:.2f}x the images per second of whole ones, {stage['ideal_speedup']:.2f}x by the arithmetic"
+        for name, stage in stages
+        if math.isfinite(stage["speedup"])
+    ]
 
 
 def _cell(found: Mapping[str, Any], key: str) -> str:

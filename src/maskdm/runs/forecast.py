@@ -199,7 +199,7 @@ def _pieces_that_fit(config: Config, stage: Stage, dataset: Dataset, machine: Ma
 def _trainer(config: Config, stage: Stage, dataset: Dataset, machine: Machine) -> Trainer:
     alone = replace(config, stages=(replace(stage, budget=Budget(steps=10**9)),), init=None)
     model = build(config.model, config.data, len(dataset.class_names) if config.data.conditional else 0)
-    rows, _ = dataset.split(config.data.heldout, config.seed)
+    rows, _ = dataset.split(config.data.heldout, config.seed, config.data.limit)
     return Trainer(alone, Loader(dataset, rows, config.seed), model, machine.device, machine.precision)
 
 
@@ -246,7 +246,7 @@ def _parameters(config: Config, classes: int) -> int:
 def _other_seconds(config: Config, dataset: Dataset, stages: tuple[StageForecast, ...], whole: _Measured) -> float:
     """Evaluations of held-out and training images, and samples; a forward pass is a third of a step."""
     forward = 1 / whole.images_per_second / 3
-    _, heldout = dataset.split(config.data.heldout, config.seed)
+    _, heldout = dataset.split(config.data.heldout, config.seed, config.data.limit)
     guided = 1.0 if config.sampling.guidance == 1 else 2.0
     if guided > 1 and config.sampling.guide == "path":
         guided = 1 + 2 * config.model.fuse / config.blocks

@@ -39,7 +39,7 @@ def dataset_of(run: RunDirectory, config: Config, data: str | None, display: Dis
 
 def sets_of(config: Config, dataset: Dataset) -> tuple[ImageSet, ImageSet | None]:
     """A run's training and held-out images; None where too few are held out to measure."""
-    training, heldout = dataset.split(config.data.heldout, config.seed)
+    training, heldout = dataset.split(config.data.heldout, config.seed, config.data.limit)
     new = image_set(dataset, heldout, config.data.conditional) if len(heldout) >= LEAST_HELDOUT else None
     return image_set(dataset, training, config.data.conditional), new
 

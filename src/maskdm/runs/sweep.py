@@ -145,7 +145,7 @@ def _measure(request: SweepRequest, config: Config, dataset: Dataset, machine: M
     """The measure asked for, and what its figures rest on. Raises UserError where there are too few images."""
     match request.measure:
         case "heldout-loss":
-            _, rows = dataset.split(config.data.heldout, config.seed)
+            _, rows = dataset.split(config.data.heldout, config.seed, config.data.limit)
             if request.num is not None:
                 rows = rows[np.unique(np.linspace(0, len(rows) - 1, max(0, min(request.num, len(rows)))).astype(np.int64))]
             if len(rows) < 2:

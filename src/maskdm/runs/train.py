@@ -55,8 +55,8 @@ def train(request: TrainRequest, command: str, display: Display) -> str:
     classes = list(dataset.class_names) if config.data.conditional else []
     model = build(config.model, config.data, len(classes))
     latest = latest_checkpoint(run)
-    report = _initialize(config, model, classes, display) if latest is None else []
-    training, heldout = dataset.split(config.data.heldout, config.seed)
+    report = initialize(config, model, classes, display) if latest is None else []
+    training, heldout = dataset.split(config.data.heldout, config.seed, config.data.limit)
     trainer = Trainer(config, Loader(dataset, training, config.seed), model, resolved.machine.device, resolved.machine.precision)
     saved = None if latest is None else checkpoint.load(latest)
     if saved is not None:
@@ -111,7 +111,7 @@ def prepare_data(resolved: Resolved, display: Display) -> Dataset:
     return dataset
 
 
-def _initialize(config: Config, model: Denoiser, classes: list[str], display: Display) -> list[Transfer]:
+def initialize(config: Config, model: Denoiser, classes: list[str], display: Display) -> list[Transfer]:
     """Start from another run's weights, where `init` names one, and say what became of each tensor."""
     if config.init is None:
         return []
@@ -179,7 +179,7 @@ def _begin(
 
 
 def _describe(resolved: Resolved, dataset: Dataset) -> dict[str, Any]:
-    training, heldout = dataset.split(resolved.config.data.heldout, resolved.config.seed)
+    training, heldout = dataset.split(resolved.config.data.heldout, resolved.config.seed, resolved.config.data.limit)
     count, height, width, channels = dataset.images.shape
     return {
         "name": resolved.config.data.source,
