@@ -7,8 +7,9 @@ from maskdm.models.denoiser import Denoiser, DenoiserOutput
 from maskdm.models.dit import DiT
 from maskdm.models.layers import patchify, unpatchify
 from maskdm.models.uvit import UViT
+from maskdm.models.wavelet import haar, inverse_haar
 
-__all__ = ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"]
+__all__ = ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "haar", "inverse_haar", "patchify", "unpatchify"]
 
 
 def build(model: Model, data: Data, num_classes: int) -> Denoiser:
@@ -17,7 +18,18 @@ def build(model: Model, data: Data, num_classes: int) -> Denoiser:
     match model:
         case UViTConfig():
             return UViT(
-                size, data.channels, model.patch, model.width, model.depth, model.heads, model.mlp_ratio, model.qkv_bias, num_classes
+                size,
+                data.channels,
+                model.patch,
+                model.width,
+                model.depth,
+                model.heads,
+                model.mlp_ratio,
+                model.qkv_bias,
+                num_classes,
+                model.transform,
             )
         case DiTConfig():
-            return DiT(size, data.channels, model.patch, model.width, model.depth, model.heads, model.mlp_ratio, num_classes)
+            return DiT(
+                size, data.channels, model.patch, model.width, model.depth, model.heads, model.mlp_ratio, num_classes, model.transform
+            )
