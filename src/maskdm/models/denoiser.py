@@ -53,7 +53,7 @@ class Denoiser(ModelMixin, ConfigMixin):
     sets: int
     """Tokens of a patch."""
 
-    def _set_geometry(self, sample_size: SampleSize, patch_size: int, num_classes: int, transform: Transform) -> None:
+    def _set_geometry(self, sample_size: SampleSize, patch_size: int, num_classes: int, transform: Transform = "pixels") -> None:
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
         self.sets = 2 if transform == "haar" else 1
         self.size, self.patch_size, self.num_classes = (height, width), patch_size * self.sets, num_classes
