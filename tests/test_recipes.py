@@ -136,6 +136,15 @@ def test_wavelets_from_a_folder_to_samples(photos: Path, tmp_path: Path, capsys:
     assert "image_size 36 is not a multiple of 8, patch 4 at half the size (transform haar); use --image-size" in capsys.readouterr().err
 
 
+def test_every_recipe_prints_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
+    for name in OFFERED.replace("celeba64-{patch,block2,block4,crop}-{10,50,90}", "celeba64-crop-90").split(", "):
+        assert run_command(["train", "digits", "--recipe", name, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+        said = "".join(capsys.readouterr())
+        assert all(f"stage {stage.name}: " in said for stage in recipe(name, "digits").stages)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_transfer_is_two_commands(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     many, few = str(tmp_path / "many"), str(tmp_path / "few")
     size = ["--image-size", "16"]

@@ -141,6 +141,16 @@ def test_every_parameter_is_trained_and_saved(model: Model, tmp_path: Path) -> N
     assert torch.equal(type(found).from_pretrained(tmp_path).eval()(x, 7).sample, found.eval()(x, 7).sample)
 
 
+@both
+def test_half_precision_stays_near_the_full_one(model: Model) -> None:
+    found, x = network(model), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        exact = found(x, 300).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = found(x, 300).sample
+    assert (rounded.float() - exact).square().mean().sqrt() < 0.02 * exact.std()
+
+
 def test_a_new_dit_says_nothing() -> None:
     assert not build(MODELS[0], Data("x", (32, 32)), 0)(torch.randn(1, 3, 32, 32), 300).sample.any()
 

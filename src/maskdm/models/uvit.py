@@ -40,7 +40,8 @@ class UViT(Denoiser):
     the positions of extras and of all patches (of each set), and is read at the kept ones. The time token is a bare sinusoid.
     2 * (depth // 2) + 1 blocks are built.
 
-    sample_size: height and width, or one side, in pixels; a multiple of patch_size. num_classes: 0 for unconditional;
+    sample_size: height and width, or one side, in pixels; a multiple of patch_size, of twice that with
+    transform "haar", where a patch is of wavelets (`HaarEmbedding`). num_classes: 0 for unconditional;
     else index num_classes is the null class, trained by dropping labels.
     """
 

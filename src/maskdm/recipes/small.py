@@ -102,7 +102,7 @@ def transfer(source: str) -> Config:
     """Fine-tuning on a small folder, whole images at a low rate from the averaged weights; network and noise are those of --init.
 
     `maskdm train ./few --recipe transfer --init runs/many --out runs/few`, with --image-size where that run has another than 64.
-    Without --init the same from scratch, to compare with.
+    Without --init the same from scratch, to compare with (at --lr 5e-4 or so).
     """
     return Config(
         data=Data(source=source, image_size=(64, 64), heldout=0.1),
