@@ -12,7 +12,7 @@ PUBLIC = {
         "Batch", "BrokenImage", "Dataset", "Feed", "Loader", "Source", "Summary", "decode", "duplicates", "flip", "inspect",
         "open_source", "prepare", "to_model_range", "to_uint8",
     ],
-    "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"],
+    "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "haar", "inverse_haar", "patchify", "unpatchify"],
     "maskdm.engine": [
         "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "Ranks", "Precision", "StageProgress", "Step", "Trainer",
         "Transfer", "autocast", "available_memory", "environment", "give_back_freed_memory", "join_ranks", "keep_freed_memory",
@@ -27,7 +27,7 @@ PUBLIC = {
         "frechet_distance", "frechet_halves", "frechet_infinity", "frechet_standard_error", "is_self",
         "kernel_distance", "load_network", "load_self", "manifold", "nearest", "overfitting", "train_self",
     ],
-    "maskdm.recipes": ["RECIPES", "Choice", "choose", "cifar10", "digits", "emoji", "recipe"],
+    "maskdm.recipes": ["OFFERED", "RECIPES", "Choice", "choose", "recipe"],
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
         "CompareRequest", "Display", "Diverged", "EvaluateRequest", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest",

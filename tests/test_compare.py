@@ -12,7 +12,9 @@ import pytest
 from maskdm import runs
 from maskdm.cli import run_command, split_settings
 from maskdm.errors import UserError
+from maskdm.recipes import recipe
 from maskdm.runs.compare import Contestant, Cost
+from maskdm.settings import to_yaml
 
 SMALL = [
     *("--width", "32", "--depth", "2", "--heads", "2", "--num", "20", "--sampling.steps", "3"),
@@ -105,10 +107,17 @@ def test_another_comparison_in_the_same_place_is_refused(done: tuple[Path, dict[
         (["--budget", "1s", "--num", "3"], "--num is 3"),
         (["--budget", "1s", "--arms", "whole"], "at least two"),
         (["--budget", "1s", "--heldout", "0"], "held-out images are too few"),
-        (["--budget", "1s", "--init", "elsewhere"], "name the arm that starts from a run"),
+        (["--budget", "1s", "--init", "run"], "name the arm that starts from a run"),
+        (["--budget", "1s", "--init", "elsewhere"], "elsewhere is not there"),
     ],
 )
-def test_bad_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(recipe("digits", "digits")))
+    (tmp_path / "run" / "run.json").write_text("{}")
     assert run_command(["compare", "digits", "--recipe", "digits", "--out", str(tmp_path / "cmp"), *arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1] and lines[-1].startswith("maskdm: error:")

@@ -14,7 +14,7 @@ from maskdm.recipes import RECIPES, recipe
 from maskdm.settings import find
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("guide.md", "evaluation.md"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("guide.md", "evaluation.md", "recipes.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -50,6 +50,8 @@ def test_command_lines_are_ones_that_exist(page: Path) -> None:
             found += 1
             parts = split_settings(words[1:]) if words[1] == "train" else cli.CommandLine(words[1:])
             assert not isinstance(cli._parse(parts.rest), int), line
+            named = words[words.index("--recipe") + 1] if "--recipe" in words else "digits"
+            assert named in RECIPES, line
             for name, _ in parts.settings:
                 assert any(_knows(recipe(each, "x"), name) for each in RECIPES), line
     assert found >= 3

@@ -129,7 +129,7 @@ CHANGES: dict[str, str] = {
 """Settings whose change must show in the data, the network, the trained weights or the samples."""
 
 ELSEWHERE = {
-    "data.source", "data.max_broken", "init", "sampling.num", "tracking",
+    "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
     "evaluation.measure", "evaluation.samples", "evaluation.features", "evaluation.patience",  # tests/test_cli_evaluate.py
     "intervals.log", "intervals.evaluate", "intervals.sample", "intervals.save", "intervals.keep",
@@ -182,6 +182,14 @@ def test_dit_settings_change_it_too(folder: Path, cache: Path) -> None:
     for name, value in (("width", "32"), ("depth", "3"), ("heads", "4"), ("patch", "1"), ("mlp_ratio", "8")):
         seen.add(effects(override(before, [(f"model.{name}", value)]), cache))
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    "model", ["{kind: dit, width: 16, depth: 2, heads: 2, patch: 1}", "{kind: uvit, width: 16, depth: 3, heads: 2, patch: 1}"]
+)
+def test_the_transform_changes_it_too(model: str, folder: Path, cache: Path) -> None:
+    before = override(base(folder), [("model", model)])
+    assert effects(override(before, [("model.transform", "haar")]), cache) != effects(before, cache)
 
 
 # --- settings that show in a run, not in its weights ---

@@ -65,7 +65,7 @@ def test_a_plan_says_what_a_run_takes_and_begins_none(
     assert found["seconds"] == pytest.approx(masked["seconds"] + whole["seconds"])
     assert found["cost"] == pytest.approx(found["seconds"] + found["other_seconds"])
     assert 0 < found["memory"] < found["memory_available"]
-    assert "masking will not pay here: an image has only 16 patches" in said and "stage pretrain" in said
+    assert "masking will not pay here: an image has only 16 tokens" in said and "stage pretrain" in said
     assert not {path.name for path in tmp_path.iterdir()} - {"cache", "figures"}
 
 
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_computed_in_pieces(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("side", "images", "stages", "expected"),
     [
-        (16, 10_000, (stage(), stage("whole", speedup=None)), "only 16 patches"),
+        (16, 10_000, (stage(), stage("whole", speedup=None)), "only 16 tokens"),
         (64, 100, (stage(),), "100 images are few"),
         (64, 10_000, (stage(speedup=1.1),), "only 1.10x faster"),
         (64, 10_000, (stage(),), "recommended: patch masking at 50%"),

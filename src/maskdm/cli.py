@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg, subcommand
 from maskdm import __version__
 from maskdm.config import GuideName, SchedulerName
 from maskdm.errors import UserError
+from maskdm.recipes import OFFERED
 
 Data = Annotated[
     Positional[str], arg(metavar="DATA", help="folder of images, parquet file, data set folder, .npz/.npy array, or digits / emoji")
@@ -25,6 +26,9 @@ Data = Annotated[
 WeightsName = Literal["raw", "ema", "best"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="directory of a run of `maskdm train`")]
+
+
+RECIPES = f"a ready-made configuration, one of {OFFERED}"
 
 
 @dataclass
@@ -37,7 +41,7 @@ class Train:
 
     data: Data
     out: Annotated[Path, arg(help="directory of the run")]
-    recipe: Annotated[str | None, arg(help="a ready-made configuration: cifar10, digits, emoji")] = None
+    recipe: Annotated[str | None, arg(help=RECIPES)] = None
     config: Annotated[Path | None, arg(help="YAML file of settings; what it leaves out is chosen")] = None
     dry_run: Annotated[bool, arg(help="print the whole configuration and the plan, and train nothing")] = False
     fork: Annotated[bool, arg(help="let a run go on under changed settings")] = False
@@ -52,7 +56,7 @@ class Plan:
     """
 
     data: Data
-    recipe: Annotated[str | None, arg(help="a ready-made configuration: cifar10, digits, emoji")] = None
+    recipe: Annotated[str | None, arg(help=RECIPES)] = None
     config: Annotated[Path | None, arg(help="YAML file of settings; what it leaves out is chosen")] = None
     price_per_hour: Annotated[float | None, arg(help="of the machine, in any currency: the cost is worked out")] = None
     out: Annotated[Path | None, arg(help="JSON file for the figures")] = None
@@ -84,7 +88,7 @@ class Compare:
     seeds: Annotated[int, arg(help="runs of each arm; intervals are over them")] = 3
     features: Annotated[str, arg(help="feature network of the distance, as `maskdm evaluate` takes it")] = "self"
     num: Annotated[int, arg(help="samples drawn of each run, for the distance")] = 500
-    recipe: Annotated[str | None, arg(help="a ready-made configuration: cifar10, digits, emoji")] = None
+    recipe: Annotated[str | None, arg(help=RECIPES)] = None
     config: Annotated[Path | None, arg(help="YAML file of settings; what it leaves out is chosen")] = None
 
 

@@ -38,6 +38,30 @@ class Data:
 
 # --- models -------------------------------------------------------------------------------------------------------
 
+Transform = Literal["pixels", "haar"]
+TRANSFORM = "what patches are cut from: pixels, or Haar wavelets at half the size, approximation and detail a token each"
+
+
+class _Patched:
+    """How a network's tokens lie in an image."""
+
+    patch: int
+    transform: Transform
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of what a patch covers: a coefficient of a wavelet stands for 2 x 2 pixels."""
+        return 2 * self.patch if self.transform == "haar" else self.patch
+
+    @property
+    def sets(self) -> int:
+        """Tokens of a patch: wavelets have one of the approximation and one of the detail."""
+        return 2 if self.transform == "haar" else 1
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of a whole image of this height and width in pixels, conditions not counted."""
+        return (size[0] // self.side) * (size[1] // self.side) * self.sets
+
 
 FUSE = "blocks at either end past which inner ones may be skipped, joined again by a layer (SPRINT); 0: no such layer"
 TOKEN = "a learned token that stands for hidden patches in the last blocks, for the mask decode (MaskDiT)"
@@ -51,16 +75,17 @@ def _check_transformer(width: int, depth: int, heads: int, patch: int, mlp_ratio
 
 
 @dataclass(frozen=True)
-class UViTConfig:
+class UViTConfig(_Patched):
     """The paper's network: a ViT with long skip connections, every condition a token (arXiv 2209.12152)."""
 
     kind: ClassVar[str] = "uvit"
     width: Annotated[int, "features per token"] = 512
     depth: Annotated[int, "depth setting; 2 * (depth // 2) + 1 blocks are built"] = 13
     heads: Annotated[int, "attention heads; must divide the width"] = 8
-    patch: Annotated[int, "side of a patch in pixels; must divide the image"] = 4
+    patch: Annotated[int, "side of a patch, in pixels or wavelet coefficients; must divide the image, or half of it"] = 4
     mlp_ratio: Annotated[float, "hidden width of the MLP over the width"] = 4.0
     qkv_bias: Annotated[bool, "a bias on the query, key and value projections"] = False
+    transform: Annotated[Transform, TRANSFORM] = "pixels"
     fuse: Annotated[int, FUSE] = 0
     mask_token: Annotated[bool, TOKEN] = False
 
@@ -70,15 +95,16 @@ class UViTConfig:
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(_Patched):
     """A modern transformer: adaLN-zero, RMSNorm, 2-D rotary positions, QK-norm, SwiGLU (arXiv 2212.09748 and later)."""
 
     kind: ClassVar[str] = "dit"
     width: Annotated[int, "features per token"] = 384
     depth: Annotated[int, "number of blocks"] = 12
     heads: Annotated[int, "attention heads; the width per head must be a multiple of 4"] = 6
-    patch: Annotated[int, "side of a patch in pixels; must divide the image"] = 4
+    patch: Annotated[int, "side of a patch, in pixels or wavelet coefficients; must divide the image, or half of it"] = 4
     mlp_ratio: Annotated[float, "hidden width of a GELU MLP with the parameters that the SwiGLU one has"] = 4.0
+    transform: Annotated[Transform, TRANSFORM] = "pixels"
     fuse: Annotated[int, FUSE] = 0
     mask_token: Annotated[bool, TOKEN] = False
 

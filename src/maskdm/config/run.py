@@ -51,7 +51,12 @@ class Config:
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
         height, width = self.data.image_size
-        return height // self.model.patch, width // self.model.patch
+        return height // self.model.side, width // self.model.side
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a whole image, conditions not counted."""
+        return self.model.tokens(self.data.image_size)
 
     @property
     def blocks(self) -> int:
@@ -69,12 +74,13 @@ class Config:
     def check(self) -> None:
         """What no part can check alone: that patches divide the image and masks the grid. Raises UserError."""
         height, width = self.data.image_size
-        patch = self.model.patch
-        if height % patch or width % patch:
+        unit = self.model.side
+        if height % unit or width % unit:
             size = f"{height}x{width}" if height != width else f"{height}"
-            near = [max(patch, round(side / patch) * patch) for side in (height, width)]
+            near = [max(unit, round(side / unit) * unit) for side in (height, width)]
             fitting = f"{near[0]}x{near[1]}" if near[0] != near[1] else f"{near[0]}"
-            raise UserError(f"image_size {size} is not a multiple of patch {patch}; use --image-size {fitting} or another --patch")
+            patch = f"patch {unit}" if self.model.sets == 1 else f"{unit}, patch {self.model.patch} at half the size (transform haar)"
+            raise UserError(f"image_size {size} is not a multiple of {patch}; use --image-size {fitting} or another --patch")
         self._check_patience()
         down, across = self.grid
         for stage in self.stages:

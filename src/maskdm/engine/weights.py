@@ -14,8 +14,8 @@ from maskdm.models import Denoiser, UViT
 
 POSITIONS = "positions.weight"
 CLASSES = "class_embedding.weight"
-PIXELS = ("patch_embedding.weight", "out.weight", "out.bias")
-"""The tensors whose shape depends on the patch size and the channels of the images."""
+PIXELS = ("patch_embedding.", "out.")
+"""Where the tensors are whose shape depends on the patch size and the channels of the images."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _check_same_network(source: Denoiser, target: Denoiser) -> None:
         raise UserError(
             f"--init is a {type(source).__name__} and this model a {type(target).__name__}; use --model {type(source).__name__.lower()}"
         )
-    for key in ("width", "depth", "heads", "mlp_ratio", "qkv_bias", "patch_size"):
+    for key in ("width", "depth", "heads", "mlp_ratio", "qkv_bias", "patch_size", "transform"):
         theirs, ours = source.config.get(key), target.config.get(key)
         if theirs != ours:
             setting = "patch" if key == "patch_size" else key
@@ -83,7 +83,7 @@ def _adapt(name: str, old: Tensor | None, fresh: Tensor, source: Denoiser, targe
         other = ", other ones" if source.num_classes == target.num_classes else ""
         return value, Transfer(name, "re-initialised", f"{source.num_classes} -> {target.num_classes} classes{other}")
     channels = (source.config["in_channels"], target.config["in_channels"])
-    if name in PIXELS and channels[0] != channels[1]:
+    if name.startswith(PIXELS) and channels[0] != channels[1]:
         return fresh, Transfer(name, "re-initialised", f"{channels[0]} -> {channels[1]} channels")
     what = "is missing" if old is None else f"has shape {list(old.shape)}, not {list(fresh.shape)},"
     raise UserError(f"'{name}' {what} in the weights to start from; give both the same model settings")
@@ -96,6 +96,6 @@ def _resize_positions(old: Tensor, fresh: Tensor, source: UViT, target: UViT) ->
     extras[target.num_extras - shared :] = old[source.num_extras - shared : source.num_extras]
     patches = old[source.num_extras :]
     if source.grid != target.grid:
-        image = patches.T.reshape(1, -1, *source.grid)
-        patches = F.interpolate(image, size=target.grid, mode="bicubic", align_corners=False).flatten(2)[0].T
+        image = patches.unflatten(0, (source.sets, *source.grid)).permute(0, 3, 1, 2)
+        patches = F.interpolate(image, size=target.grid, mode="bicubic", align_corners=False).permute(0, 2, 3, 1).flatten(0, 2)
     return torch.cat([extras, patches])

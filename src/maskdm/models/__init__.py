@@ -7,8 +7,9 @@ from maskdm.models.denoiser import Denoiser, DenoiserOutput
 from maskdm.models.dit import DiT
 from maskdm.models.layers import patchify, unpatchify
 from maskdm.models.uvit import UViT
+from maskdm.models.wavelet import haar, inverse_haar
 
-__all__ = ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "patchify", "unpatchify"]
+__all__ = ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "haar", "inverse_haar", "patchify", "unpatchify"]
 
 
 def build(model: Model, data: Data, num_classes: int) -> Denoiser:
@@ -26,6 +27,7 @@ def build(model: Model, data: Data, num_classes: int) -> Denoiser:
                 model.mlp_ratio,
                 model.qkv_bias,
                 num_classes,
+                model.transform,
                 model.fuse,
                 model.mask_token,
             )
@@ -39,6 +41,7 @@ def build(model: Model, data: Data, num_classes: int) -> Denoiser:
                 model.heads,
                 model.mlp_ratio,
                 num_classes,
+                model.transform,
                 model.fuse,
                 model.mask_token,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from maskdm.masking import Route, put_back
+from maskdm.config import Transform
+from maskdm.masking import Kept, Route, put_back
 from maskdm.models.layers import Fusion, Patches, Some, Tokens, patchify, unpatchify
 
 _KEPT = [
@@ -46,15 +47,19 @@ class Denoiser(ModelMixin, ConfigMixin):
     _gradient_checkpointing_func: Any = None
 
     patch_size: int
+    """Side in pixels of what a patch covers: twice that of the configuration where it is of wavelets."""
     num_classes: int
     size: tuple[int, int]
+    sets: int
+    """Tokens of a patch."""
     fuse: int
     fusion: Fusion | None
     hidden_token: nn.Parameter | None
 
-    def _set_geometry(self, sample_size: SampleSize, patch_size: int, num_classes: int) -> None:
+    def _set_geometry(self, sample_size: SampleSize, patch_size: int, num_classes: int, transform: Transform = "pixels") -> None:
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-        self.size, self.patch_size, self.num_classes = (height, width), patch_size, num_classes
+        self.sets = 2 if transform == "haar" else 1
+        self.size, self.patch_size, self.num_classes = (height, width), patch_size * self.sets, num_classes
 
     def _set_rejoining(self, width: int, fuse: int, mask_token: bool) -> None:
         self.fuse = fuse
@@ -75,6 +80,11 @@ class Denoiser(ModelMixin, ConfigMixin):
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
         return self.size[0] // self.patch_size, self.size[1] // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a whole image, conditions not counted."""
+        return self.grid[0] * self.grid[1] * self.sets
 
     def forward(
         self,
@@ -98,6 +108,10 @@ class Denoiser(ModelMixin, ConfigMixin):
         t = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         if self.num_classes and class_labels is None:
             class_labels = torch.full((sample.shape[0],), self.num_classes, device=sample.device)
+        if self.sets > 1:
+            kept = None if kept is None else self._places(kept)
+            if route is not None and route.kept is not None:
+                route = replace(route, kept=self._places(route.kept))
         output = self.denoise(patches, t, class_labels if self.num_classes else None, kept, route)
         output = unpatchify(output, self.patch_size, self.size) if whole else output
         return DenoiserOutput(sample=output) if return_dict else (output,)
@@ -105,8 +119,13 @@ class Denoiser(ModelMixin, ConfigMixin):
     def denoise(
         self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None, route: Route | None = None
     ) -> Float[Tensor, "batch out features"]:
-        """Predict the target on patches [batch, kept, features]."""
+        """Predict the target on patches [batch, kept, features]; `kept` and `route` are of tokens."""
         raise NotImplementedError
+
+    def _places(self, kept: Kept) -> Int[Tensor, "batch tokens"]:
+        """Among all tokens, where those of these patches stand: the sets follow one another."""
+        patches = self.grid[0] * self.grid[1]
+        return torch.cat([kept + number * patches for number in range(self.sets)], dim=1)
 
     def recompute(self, what: Literal["off", "selective", "all"]) -> None:
         """What a block's backward pass computes again instead of keeping: nothing, all but matrix products and attention, or all."""

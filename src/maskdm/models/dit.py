@@ -7,9 +7,11 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from maskdm.config import Transform
 from maskdm.masking import Route, span, take
 from maskdm.models.denoiser import Denoiser, SampleSize
-from maskdm.models.layers import Attention, Fusion, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal
+from maskdm.models.layers import Attention, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal
+from maskdm.models.wavelet import embedding, head
 
 
 def _modulate(x: Tokens, scale: Tensor, shift: Tensor) -> Tokens:
@@ -55,22 +57,22 @@ class DiT(Denoiser):
         heads: int = 6,
         mlp_ratio: float = 4.0,
         num_classes: int = 0,
+        transform: Transform = "pixels",
         fuse: int = 0,
         mask_token: bool = False,
     ) -> None:
         super().__init__()
-        self._set_geometry(sample_size, patch_size, num_classes)
-        features = in_channels * patch_size**2
-        self.patch_embedding = nn.Linear(features, width)
+        self._set_geometry(sample_size, patch_size, num_classes, transform)
+        self.patch_embedding = embedding(transform, in_channels, patch_size, width)
         self.time_embedding = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.register_buffer("positions", _absolute_positions(self.grid, width), persistent=False)
-        self.rotary = RotaryPositions(width // heads, self.grid)
+        self.register_buffer("positions", _absolute_positions(self.grid, width).repeat(self.sets, 1), persistent=False)
+        self.rotary = RotaryPositions(width // heads, self.grid, self.sets)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
         self._set_rejoining(width, fuse, mask_token)
         self.norm = RMSNorm(width)
         self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, features)
+        self.out = head(transform, width, in_channels, patch_size)
         self._initialize()
 
     positions: Tensor
@@ -86,8 +88,9 @@ class DiT(Denoiser):
         for block in self.blocks:
             assert isinstance(block, DiTBlock)
             nn.init.zeros_(block.modulation.weight)
-        for layer in (self.modulation, self.out):
-            nn.init.zeros_(layer.weight)
+        for layer in (self.modulation, *self.out.modules()):
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.weight)
         if self.fusion is not None:
             self.fusion.start()
 

@@ -42,19 +42,22 @@ def sinusoidal(t: Num[Tensor, " batch"], width: int) -> Float[Tensor, "batch wid
 
 
 class RotaryPositions(nn.Module):
-    """2-D rotary embedding: half the channels of a head turn with the row, half with the column (arXiv 2104.09864)."""
+    """2-D rotary embedding: half the channels of a head turn with the row, half with the column (arXiv 2104.09864).
+
+    `sets` tokens sit at each patch, a set after the other.
+    """
 
     angles: Tensor
 
-    def __init__(self, per_head: int, grid: tuple[int, int]) -> None:
+    def __init__(self, per_head: int, grid: tuple[int, int], sets: int = 1) -> None:
         super().__init__()
         rates = 100.0 ** -(torch.arange(per_head // 4, dtype=torch.float32) / (per_head // 4))
         row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
         angles = torch.cat([row.flatten()[:, None] * rates, column.flatten()[:, None] * rates], dim=1)
-        self.register_buffer("angles", angles, persistent=False)
+        self.register_buffer("angles", angles.repeat(sets, 1), persistent=False)
 
     def forward(self, kept: Int[Tensor, "batch kept"] | None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [batch or 1, 1, tokens, per_head // 2] at the kept patches, or at all of them."""
+        """Cosines and sines [batch or 1, 1, tokens, per_head // 2] of the kept tokens, or of all."""
         angles = self.angles[None] if kept is None else self.angles[kept]
         return angles.cos()[:, None], angles.sin()[:, None]
 

@@ -7,9 +7,11 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from maskdm.config import Transform
 from maskdm.masking import Kept, Route, put_back, span, take
 from maskdm.models.denoiser import Denoiser, SampleSize
 from maskdm.models.layers import Attention, GeluMLP, Norm, Patches, Tokens, in_compute_precision, sinusoidal
+from maskdm.models.wavelet import embedding, head
 
 
 class UViTBlock(nn.Module):
@@ -34,10 +36,12 @@ class UViTBlock(nn.Module):
 class UViT(Denoiser):
     """The paper's network.
 
-    Tokens are [class, when conditional] [time] [kept patches]. One learned table holds the positions of extras and of all
-    patches, and is read at the kept ones. The time token is a bare sinusoid. 2 * (depth // 2) + 1 blocks are built.
+    Tokens are [class, when conditional] [time] [kept patches], of wavelets [kept approximations] [kept details]. One learned table holds
+    the positions of extras and of all patches (of each set), and is read at the kept ones. The time token is a bare sinusoid.
+    2 * (depth // 2) + 1 blocks are built.
 
-    sample_size: height and width, or one side, in pixels; a multiple of patch_size. num_classes: 0 for unconditional;
+    sample_size: height and width, or one side, in pixels; a multiple of patch_size, of twice that with
+    transform "haar", where a patch is of wavelets (`HaarEmbedding`). num_classes: 0 for unconditional;
     else index num_classes is the null class, trained by dropping labels.
     """
 
@@ -55,16 +59,16 @@ class UViT(Denoiser):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = False,
         num_classes: int = 0,
+        transform: Transform = "pixels",
         fuse: int = 0,
         mask_token: bool = False,
     ) -> None:
         super().__init__()
-        self._set_geometry(sample_size, patch_size, num_classes)
-        features = in_channels * patch_size**2
+        self._set_geometry(sample_size, patch_size, num_classes, transform)
         self.num_extras = 2 if num_classes else 1
-        self.patch_embedding = nn.Linear(features, width)
+        self.patch_embedding = embedding(transform, in_channels, patch_size, width)
         self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.positions = nn.Embedding(self.num_extras + self.grid[0] * self.grid[1], width)
+        self.positions = nn.Embedding(self.num_extras + self.tokens, width)
 
         def block(skip: bool) -> UViTBlock:
             return UViTBlock(width, heads, mlp_ratio, qkv_bias, skip)
@@ -74,7 +78,7 @@ class UViT(Denoiser):
         self.up_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
         self._set_rejoining(width, fuse, mask_token)
         self.norm = Norm(width)
-        self.out = nn.Linear(width, features)
+        self.out = head(transform, width, in_channels, patch_size)
         self.apply(_initialize)
         if self.fusion is not None:
             self.fusion.start()

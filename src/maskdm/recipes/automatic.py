@@ -45,7 +45,7 @@ def choose(facts: Facts, image_size: tuple[int, int] | None = None, init: Config
         heldout=init.data.heldout if init else 0.2 if facts.count < 2000 else 0.05,
     )
     model, why_model = _model(facts, size) if init is None else (init.model, "as in the run to start from")
-    tokens = (size[0] // model.patch) * (size[1] // model.patch)
+    tokens = model.tokens(size)
     stages, why_stages = _stages(facts, model, tokens, fine_tune=init is not None)
     config = Config(
         data=data,

@@ -120,7 +120,7 @@ def forecast(resolved: Resolved, dataset: Dataset, price_per_hour: float | None,
     return Forecast(
         parameters=parameters,
         flops=sum(flops(config, stage.mask, found.images) for stage, found in zip(config.stages, stages, strict=True)),
-        tokens=config.grid[0] * config.grid[1],
+        tokens=config.tokens,
         images=len(dataset),
         stages=stages,
         seconds=seconds,
@@ -271,17 +271,17 @@ def _disk(config: Config, parameters: int) -> int:
 
 def advise(config: Config, images: int, stages: tuple[StageForecast, ...]) -> tuple[str, ...]:
     """What to do, and why: rules from docs/experiments.md and docs/performance.md, with this run's figures."""
-    tokens, lines = config.grid[0] * config.grid[1], list[str]()
+    tokens, lines = config.tokens, list[str]()
     masked = [stage for stage in stages if stage.speedup is not None]
     if not masked:
         if tokens >= SOME_TOKENS and images >= FEW_IMAGES:
             lines.append(
-                f"masking could pay here: {tokens} patches; begin with a stage of patch masking at {_ratio(tokens):.0%}, as the recipes do"
+                f"masking could pay here: {tokens} tokens; begin with a stage of patch masking at {_ratio(tokens):.0%}, as the recipes do"
             )
         return (*lines, *_pieces_advice(stages))
     reasons: list[str] = []
     if tokens < FEW_TOKENS:
-        reasons.append(f"an image has only {tokens} patches, below {FEW_TOKENS} whole images have learnt as fast at equal time")
+        reasons.append(f"an image has only {tokens} tokens, below {FEW_TOKENS} whole images have learnt as fast at equal time")
     if images < FEW_IMAGES:
         reasons.append(f"{images} images are few: a model learns them by heart before its steps get scarce")
     slow = min(stage.speedup or 0.0 for stage in masked)
@@ -301,7 +301,7 @@ def advise(config: Config, images: int, stages: tuple[StageForecast, ...]) -> tu
     if not reasons:
         ratio = _ratio(tokens)
         lines.append(
-            f"recommended: patch masking at {ratio:.0%} for about half of the time, then whole images: {tokens} patches"
+            f"recommended: patch masking at {ratio:.0%} for about half of the time, then whole images: {tokens} tokens"
             + (", where the paper finds its gain" if tokens >= MANY_TOKENS else "; more hidden has cost more than it saved below 1 024")
         )
     return (*lines, *_pieces_advice(stages))
@@ -327,7 +327,7 @@ def _round_up(batch: int) -> int:
 def describe(found: Forecast) -> str:
     """The forecast in lines."""
     lines = [
-        f"parameters {found.parameters / 1e6:.1f} M, {found.images} images of {found.tokens} patches, {found.flops:.2e} FLOP of training"
+        f"parameters {found.parameters / 1e6:.1f} M, {found.images} images of {found.tokens} tokens, {found.flops:.2e} FLOP of training"
     ]
     for stage in found.stages:
         pieces = f" in {stage.pieces} pieces" if stage.pieces > 1 else ""

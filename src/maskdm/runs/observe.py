@@ -276,5 +276,5 @@ class Observer:
         drawn = draw(stage.mask, ROWS, self.config.grid, generator)
         assert drawn is not None
         kept = drawn[:: num_sequences(stage.mask)][: len(images)]
-        seen = np.stack([hide(image, indices.tolist(), self.config.model.patch) for image, indices in zip(images, kept, strict=False)])
+        seen = np.stack([hide(image, indices.tolist(), self.config.model.side) for image, indices in zip(images, kept, strict=False)])
         return grid(np.concatenate([images, seen]), columns=len(images))

@@ -44,11 +44,11 @@ def ideal_speedup(config: Config, mask: Mask) -> float:
 
 
 def flops(config: Config, mask: Mask, images: int) -> float:
-    """Arithmetic of the blocks, forward and backward, for training images: 3 (24 n d^2 + 4 n^2 d) for a block on n patches.
+    """Arithmetic of the blocks, forward and backward, for training images: 3 (24 n d^2 + 4 n^2 d) for a block on n tokens.
 
     And 12 n d^2 for each long skip of a U-ViT, and for the layer behind `model.fuse`.
     """
-    tokens, width = tokens_of_blocks(mask, config.grid, config.blocks), config.model.width
+    tokens, width = _tokens(config, mask), config.model.width
     joined = tokens[config.blocks // 2 + 1 :] if isinstance(config.model, UViTConfig) else []
     joined = [*joined, tokens[-1]] if config.model.fuse else joined
     return 3.0 * images * (_blocks(config, mask) + num_sequences(mask) * 4 * sum(joined) * width**2)
@@ -57,13 +57,18 @@ def flops(config: Config, mask: Mask, images: int) -> float:
 def _blocks(config: Config, mask: Mask) -> float:
     """Arithmetic of a forward pass through the blocks, per image."""
     width = config.model.width
-    each = (24 * n * width**2 + 4 * n**2 * width for n in tokens_of_blocks(mask, config.grid, config.blocks))
+    each = (24 * n * width**2 + 4 * n**2 * width for n in _tokens(config, mask))
     return float(num_sequences(mask) * sum(each))
 
 
 def tokens_per_image(config: Config, mask: Mask) -> int:
-    """Patches of an image that the first block works on, over all its sequences."""
-    return num_sequences(mask) * tokens_of_blocks(mask, config.grid, config.blocks)[0]
+    """Tokens of an image that the first block works on, over all its sequences."""
+    return num_sequences(mask) * _tokens(config, mask)[0]
+
+
+def _tokens(config: Config, mask: Mask) -> list[int]:
+    """Tokens that each of the network's blocks works on, of one sequence."""
+    return [config.model.sets * patches for patches in tokens_of_blocks(mask, config.grid, config.blocks)]
 
 
 def plan_lines(config: Config, machine: Machine) -> list[str]:
@@ -71,13 +76,12 @@ def plan_lines(config: Config, machine: Machine) -> list[str]:
     threads = f", {config.hardware.threads or machine.cores} threads" if machine.device.type == "cpu" else ""
     lines = [f"device {machine.device} ({machine.name}){threads}, {machine.precision}"]
     tokens = config.grid[0] * config.grid[1]
+    patches = f"{tokens} patches" + (" of two tokens" if config.model.sets == 2 else "")
     for stage in config.stages:
         kept = num_kept(stage.mask, config.grid)
-        hidden = (
-            f"mask {describe_mask(stage.mask)}: hides {hidden_rate(stage.mask, config.grid):.1%}, learns from {kept} of {tokens} patches, "
-        )
+        hidden = f"mask {describe_mask(stage.mask)}: hides {hidden_rate(stage.mask, config.grid):.1%}, learns from {kept} of {patches}, "
         speed = f"ideally {ideal_speedup(config, stage.mask):.1f}x the speed, "
-        what = f"whole images ({tokens} patches), " if isinstance(stage.mask, NoMask) else hidden + speed
+        what = f"whole images ({patches}), " if isinstance(stage.mask, NoMask) else hidden + speed
         lines.append(f"stage {stage.name}: {what}{describe_budget(stage.budget)}, batch {stage.batch}, lr {stage.lr:g}")
     return lines
 

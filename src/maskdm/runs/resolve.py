@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,23 @@ def resolve(request: TrainRequest) -> Resolved:
 
 def _base(request: TrainRequest, run: RunDirectory, source: Source) -> tuple[Config, tuple[str, ...]]:
     if request.recipe:
-        return recipe(request.recipe, request.data), (f"recipe {request.recipe}",)
+        return _of_recipe(request.recipe, request)
     file = {} if request.config_file is None else read_yaml(request.config_file)
     config, reasons = (run.config(), (f"the settings that {request.out} began with",)) if run.started else _automatic(request, source, file)
     if request.config_file is None:
         return config, reasons
     return merge(config, file, str(request.config_file)), (f"settings from {request.config_file}; the rest:", *reasons)
+
+
+def _of_recipe(name: str, request: TrainRequest) -> tuple[Config, tuple[str, ...]]:
+    """A recipe; with --init, network and noise are those of the run to start from, whose weights fit no others."""
+    config = recipe(name, request.data)
+    given = _early(config, request.settings)
+    start = override(config, [given["init"]]).init if "init" in given else None
+    if start is None:
+        return config, (f"recipe {name}",)
+    init = RunDirectory.existing(Path(start)).config()
+    return replace(config, model=init.model, diffusion=init.diffusion), (f"recipe {name}", f"network and noise: those of {start}")
 
 
 def _automatic(request: TrainRequest, source: Source, file: Any) -> tuple[Config, tuple[str, ...]]:
@@ -100,7 +112,7 @@ def _automatic(request: TrainRequest, source: Source, file: Any) -> tuple[Config
         raise UserError(f"no image of {request.data} can be read; `maskdm data {request.data}` lists what is wrong with each")
     probe = choose(Facts(request.data, summary.count, 32, 32, False, 0, True, 1e9)).config
     early = merge(probe, {key: file[key] for key in ("hardware", "init") if key in file}, str(request.config_file))
-    given = {find(probe, name).path: (name, text) for name, text in request.settings if name in _early_names(probe, request.settings)}
+    given = _early(probe, request.settings)
     early = override(early, [given[path] for path in ("init", "hardware.device") if path in given])
     sizes = [file["data"]["image_size"]] if isinstance(file.get("data"), dict) and "image_size" in file["data"] else []
     sizes += [given["data.image_size"][1]] if "data.image_size" in given else []
@@ -111,15 +123,14 @@ def _automatic(request: TrainRequest, source: Source, file: Any) -> tuple[Config
     return choice.config, choice.reasons
 
 
-def _early_names(probe: Config, settings: Assignments) -> set[str]:
-    """The names among `settings` that are known before the stages are chosen."""
-    known: set[str] = set()
-    for name, _ in settings:
-        try:
-            if find(probe, name).path in ("init", "hardware.device", "data.image_size"):
-                known.add(name)
-        except UserError:
-            continue
+def _early(probe: Config, settings: Assignments) -> dict[str, tuple[str, str]]:
+    """Of the settings given, by their paths, those that must be known before the rest is chosen."""
+    known: dict[str, tuple[str, str]] = {}
+    for name, text in settings:
+        with suppress(UserError):
+            path = find(probe, name).path
+            if path in ("init", "hardware.device", "data.image_size"):
+                known[path] = (name, text)
     return known
 
 

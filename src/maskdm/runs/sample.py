@@ -21,14 +21,13 @@ from maskdm.runs.directory import Weights
 from maskdm.sampling import make_scheduler, seeded
 
 TOKENS = {"cpu": 4096, "cuda": 1 << 18, "mps": 1 << 15}
-"""Patches that the network is given at once, unless the user says otherwise: enough to fill the machine (docs/performance.md)."""
+"""Tokens that the network is given at once, unless the user says otherwise: enough to fill the machine (docs/performance.md)."""
 
 
 def fitting_batch(pipeline: maskdm.MaskDMPipeline, guidance: float = 1.0, guide: GuideName = "label") -> int:
     """Images to compute at a time: a function of the network and the kind of device, so that a seed gives the same images again."""
-    down, across = pipeline.unet.grid
     twice = 2 if guidance != 1 and guide == "label" and pipeline.unet.num_classes else 1
-    return max(1, TOKENS[pipeline.device.type] // (down * across * twice))
+    return max(1, TOKENS[pipeline.device.type] // (pipeline.unet.tokens * twice))
 
 
 def draw_images(

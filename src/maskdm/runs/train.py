@@ -152,7 +152,8 @@ def _begin(
         "error": None,
         "seed": config.seed,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "model": f"{config.model.kind} {config.model.width} x {config.model.depth}, {config.model.heads} heads, patch {config.model.patch}",
+        "model": f"{config.model.kind} {config.model.width} x {config.model.depth}, {config.model.heads} heads, patch {config.model.patch}"
+        + (" of wavelets" if config.model.transform == "haar" else ""),
         "data": _describe(resolved, dataset),
         "environment": environment(resolved.machine, torch.get_num_threads()),
         "process": {"pid": os.getpid(), "host": platform.node(), "started": psutil.Process().create_time()},
