@@ -159,11 +159,11 @@ def test_a_new_dit_says_nothing() -> None:
 def test_routes_and_deferred_dropping_take_both_tokens_of_a_patch(model: Model) -> None:
     found, x, t = network(model), torch.randn(2, 3, 32, 32), torch.tensor(300.0)
     every = torch.arange(64).expand(2, -1)
-    torch.testing.assert_close(found(x, t, None, None, Route(every, 2, rejoin=True)).sample, found(x, t).sample)
+    torch.testing.assert_close(found(x, t, None, None, Route(every, 2, 2)).sample, found(x, t).sample)
     kept = every[:, ::4]
-    deferred = found(patchify(x, 4), t, None, None, Route(kept, 2, rejoin=False)).sample
+    deferred = found(patchify(x, 4), t, None, None, Route(kept, 2, 0)).sample
     assert deferred.shape == (2, 16, 48)
-    torch.testing.assert_close(found(patchify(x, 4), t, None, None, Route(every, 2, rejoin=False)).sample, patchify(found(x, t).sample, 4))
+    torch.testing.assert_close(found(patchify(x, 4), t, None, None, Route(every, 2, 0)).sample, patchify(found(x, t).sample, 4))
 
 
 # --- in training, and what is said of it ---

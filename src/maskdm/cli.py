@@ -111,7 +111,7 @@ class Sample:
     scheduler: Annotated[SchedulerName | None, arg(help="sampler; the run's setting if left out")] = None
     eta: Annotated[float | None, arg(help="noise added back by ddim, 0 to 1; the run's setting if left out")] = None
     guidance: Annotated[float | None, arg(help="guidance scale, 1 for none; the run's setting if left out")] = None
-    guide: Annotated[GuideName | None, arg(help="what guidance leads away from: the null label, or the shallow path; the run's setting")] = None
+    guide: Annotated[GuideName | None, arg(help="what guidance leads away from: the null class, or the shallow path")] = None
     seed: Annotated[int, arg(help="seed of the noise")] = 0
     labels: Annotated[tuple[str, ...], arg(help="classes to draw, by name or number, in turn; all if left out")] = ()
     batch: Annotated[int | None, arg(help="images computed at a time; fitted to the network and the device if left out")] = None
@@ -149,7 +149,7 @@ class Evaluate:
     scheduler: Annotated[SchedulerName | None, arg(help="sampler; the run's setting if left out")] = None
     eta: Annotated[float | None, arg(help="noise added back by ddim, 0 to 1; the run's setting if left out")] = None
     guidance: Annotated[float | None, arg(help="guidance scale, 1 for none; the run's setting if left out")] = None
-    guide: Annotated[GuideName | None, arg(help="what guidance leads away from: the null label, or the shallow path; the run's setting")] = None
+    guide: Annotated[GuideName | None, arg(help="what guidance leads away from: the null class, or the shallow path")] = None
     seed: Annotated[int, arg(help="seed of the samples' noise")] = 0
     precision: Annotated[PrecisionName, arg(help="arithmetic of the network; auto is bf16 where the machine has it")] = "auto"
 

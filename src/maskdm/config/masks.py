@@ -94,7 +94,7 @@ class DeferMask:
 
 @dataclass(frozen=True)
 class DecodeMask:
-    """Hide int(ratio * N) patches at random from all but the last blocks, where a learned token stands for each (MaskDiT, arXiv 2306.09305).
+    """Hide int(ratio * N) random patches from all but the last blocks; a learned token stands for each there (MaskDiT, arXiv 2306.09305).
 
     The loss of the hidden ones is of x_t itself, which no one can denoise unseen: the reconstruction of a masked autoencoder.
     """

@@ -58,7 +58,7 @@ def _check_same_network(source: Denoiser, target: Denoiser) -> None:
         raise UserError(
             f"--init is a {type(source).__name__} and this model a {type(target).__name__}; use --model {type(source).__name__.lower()}"
         )
-    for key in ("width", "depth", "heads", "mlp_ratio", "qkv_bias", "patch_size", "transform"):
+    for key in ("width", "depth", "heads", "mlp_ratio", "qkv_bias", "patch_size", "transform", "fuse", "mask_token"):
         theirs, ours = source.config.get(key), target.config.get(key)
         if theirs != ours:
             setting = "patch" if key == "patch_size" else key

@@ -131,7 +131,7 @@ def _speeds(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A line per masked stage: how much faster it went through images, and how much it should have."""
     stages = [(name, stage) for name, found in arms.items() for stage in found["stages"] if stage["mask"] != "none"]
     return [
-        f"{name}, {stage['name']}: {stage['speedup']:.2f}x the images per second of whole ones, {stage['ideal_speedup']:.2f}x by the arithmetic"
+        f"{name}, {stage['name']}: {stage['speedup']:.2f}x whole images' speed, {stage['ideal_speedup']:.2f}x by the arithmetic"
         for name, stage in stages
         if math.isfinite(stage["speedup"])
     ]

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from maskdm.config import BlockMask, Budget, Config, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, UViTConfig, ViewsMask
+from maskdm.config import (
+    BlockMask,
+    Budget,
+    Config,
+    CropMask,
+    DecodeMask,
+    DeferMask,
+    Mask,
+    NoMask,
+    PatchMask,
+    RouteMask,
+    UViTConfig,
+    ViewsMask,
+)
 from maskdm.engine import Machine, Progress
 from maskdm.masking import hidden_rate, num_kept, num_sequences, tokens_of_blocks
 
