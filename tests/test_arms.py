@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from maskdm.config import BlockMask, Budget, CropMask, DecodeMask, DeferMask, NoMask, PatchMask, RouteMask, Stage, ViewsMask
@@ -31,12 +33,25 @@ def test_arms_become_stages_that_share_the_budget() -> None:
     assert shape("maskdm@60+whole")[0] == ("1-maskdm", BASE.stages[0].mask, 0.6)
 
 
-def test_stages_learn_as_the_recipes_do_and_whole_images_alone_at_the_first_rate() -> None:
+def test_all_stages_learn_at_one_rate_so_that_none_gains_by_its_fall() -> None:
     masked, whole = BASE.stages
     alone = parse_arm("whole", BASE).stages[0]
     assert (alone.batch, alone.lr, alone.warmup, alone.decay) == (whole.batch, masked.lr, masked.warmup, "constant")
     first, second = parse_arm("maskdm", BASE).stages
-    assert (first.batch, first.lr, second.batch, second.lr) == (masked.batch, masked.lr, whole.batch, whole.lr)
+    assert (first.batch, first.lr, second.batch, second.lr) == (masked.batch, masked.lr, whole.batch, masked.lr)
+    pieces = replace(BASE, stages=tuple(replace(stage, accumulate=2) for stage in BASE.stages))
+    assert [stage.accumulate for stage in parse_arm("maskdm", pieces).stages] == [2, 2]
+    assert parse_arm("patch-50/batch=63", pieces).stages[0].accumulate == 1
+
+
+def test_the_control_of_a_rate_that_falls_can_be_written() -> None:
+    assert [(s.mask, s.lr) for s in parse_arm("whole@50+whole/lr=3e-4", BASE).stages] == [(NoMask(), 5e-4), (NoMask(), 3e-4)]
+
+
+def test_a_family_without_a_rate_has_its_papers() -> None:
+    masks = [parse_arm(f"{name}@50", BASE).stages[0].mask for name in ("patch", "block4", "defer", "sprint", "route")]
+    assert [mask.ratio for mask in masks] == [0.5, 0.9, 0.75, 0.75, 0.5]  # type: ignore[union-attr]
+    assert parse_arm("patch-87.5@50", BASE).stages[0].mask == PatchMask(0.875)
 
 
 def test_settings_of_a_stage_are_its_own() -> None:
@@ -83,7 +98,9 @@ def test_budgets_are_made_from_shares() -> None:
         ("patch-50@0", "or one to nothing"),
         ("patch-50@70+patch-25@40", "more than 100 %"),
         ("whole@50", "come to 50% of the budget"),
-        ("whole+patch-50", "whole images come last"),
+        ("patch-50/batch=64.5", "give a whole number"),
+        ("patch-50/batch=nan", "batch is 'nan', which is no number"),
+        ("patch-50/lr=inf", "lr is 'inf'"),
         ("patch-50/bach=3", "'bach' is no key; did you mean batch"),
         ("patch-50/batch=many", "batch is 'many'"),
         ("patch-50/decay=cubic", "decay is 'cubic'; give constant"),
@@ -108,8 +125,6 @@ def test_a_comparison_needs_two_arms_of_different_names() -> None:
 
 
 def test_without_a_masked_stage_there_is_no_maskdm() -> None:
-    from dataclasses import replace
-
     plain = replace(BASE, stages=(Stage("train", Budget(steps=1)),))
     assert parse_arm("patch-50", plain).stages[0].batch == 128
     with pytest.raises(UserError, match="name a mask, such as patch-50"):

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from maskdm import runs
 from maskdm.cli import run_command, split_settings
+from maskdm.config import NoMask, Stage
+from maskdm.engine import Trainer
 from maskdm.errors import UserError
 from maskdm.recipes import recipe
-from maskdm.runs.compare import Contestant, Cost
+from maskdm.runs.compare import Cost, _Ruler
+from maskdm.runs.contestant import Contestant
 from maskdm.settings import to_yaml
 
 SMALL = [
     *("--width", "32", "--depth", "2", "--heads", "2", "--num", "20", "--sampling.steps", "3"),
-    *("--pretrain.batch", "16", "--finetune.batch", "16", "--pretrain.warmup", "1", "--finetune.warmup", "1"),
+    *("--pretrain.batch", "16", "--finetune.batch", "16", "--pretrain.warmup", "1"),
 ]
 
 
@@ -45,7 +52,11 @@ def test_every_arm_has_its_figures_with_intervals(done: tuple[Path, dict[str, An
     assert masked["flops"] == pytest.approx(whole["flops"] * (0.4 + 0.6 * 0.5), rel=0.05)
     assert (out / "compare.png").stat().st_size > 10_000
     assert (out / "arms" / "whole" / "seed-1" / "samples.png").is_file()
-    assert found["features"]["name"].startswith("self")
+    assert found["features"]["name"].startswith("self") and found["heldout_images"] == 256
+    first, second = masked["stages"]
+    assert (first["mask"], first["batch"], second["mask"]) == ("patch, 50%", 16, "none") and first["lr"] == second["lr"]
+    assert first["ideal_speedup"] > 2 and 0.2 < first["speedup"] < 5
+    assert "images per second" not in found["verdicts"][0]["text"]
 
 
 def test_two_arms_that_are_the_same_show_no_difference(done: tuple[Path, dict[str, Any]]) -> None:
@@ -61,7 +72,8 @@ def test_two_arms_that_are_the_same_show_no_difference(done: tuple[Path, dict[st
 
 def test_run_again_it_measures_nothing_twice_and_says_the_same(done: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     out, found = done
-    monkeypatch.setattr(Contestant, "save", lambda self: pytest.fail("nothing is left to train"))
+    for name in ("save", "training", "conclude"):
+        monkeypatch.setattr(Contestant, name, lambda *_, name=name: pytest.fail(f"{name}: nothing is left to do"))
     assert run_command(command(out, "--arms", "whole,again=whole,patch-50@60")) == 0
     assert json.loads((out / "compare.json").read_text()) == found
 
@@ -71,13 +83,13 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_end(
 ) -> None:
     out, real, left = tmp_path / "cmp", Contestant.advance, 30
 
-    def advance(self: Contestant, unit: str, until: float, stop: list[str]) -> bool:
+    def advance(self: Contestant, trainer: Trainer, unit: str, until: float, stop: list[str]) -> bool:
         nonlocal left
         left -= 1
         if left == 0:
-            real(self, unit, until - 16, stop)  # in the midst of a turn
+            real(self, trainer, unit, until - 16, stop)  # in the midst of a turn
             stop.append("SIGTERM")
-        return real(self, unit, until, stop)
+        return real(self, trainer, unit, until, stop)
 
     monkeypatch.setattr(Contestant, "advance", advance)
     some = command(out, "--arms", "whole,patch-50@60", seeds=1)
@@ -92,10 +104,93 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_end(
 
 def test_another_comparison_in_the_same_place_is_refused(done: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = done
-    assert run_command(command(out, "--arms", "whole,maskdm")) == 2
-    assert "holds another comparison (arms whole,again=whole,patch-50@60 -> whole,maskdm)" in capsys.readouterr().err
-    assert run_command(command(out, "--arms", "whole,again=whole,patch-50@60", "--finetune.lr", "1e-4")) == 2
-    assert "finetune.lr" in capsys.readouterr().err
+    assert run_command(command(out, "--arms", "whole,again=patch-50")) == 2
+    assert "holds another comparison (arm again: " in capsys.readouterr().err
+    assert run_command(command(out, "--arms", "whole,again=whole,patch-50@60", "--pretrain.lr", "1e-4")) == 2
+    assert "holds another comparison (arm whole: " in capsys.readouterr().err
+    assert run_command(command(out, "--arms", "whole,again=whole", "--weight_decay", "0.5")) == 2
+    assert "optimizer.weight_decay" in capsys.readouterr().err
+
+
+def test_arms_and_seeds_can_be_added_and_samples_counted_anew(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, found = done
+    mine = tmp_path / "cmp"
+    shutil.copytree(out, mine)
+    assert run_command(command(mine, "--arms", "patch-50@60,views4@60", "--num", "21", seeds=1)) == 0
+    added = json.loads((mine / "compare.json").read_text())
+    assert list(added["arms"]) == ["patch-50@60", "views4@60"] and added["curves"]["patch-50@60"] == found["curves"]["patch-50@60"][:1]
+    assert set(json.loads((mine / "request.json").read_text())["arms"]) == {"whole", "again", "patch-50@60", "views4@60"}
+    final = json.loads((mine / "arms" / "patch-50@60" / "seed-0" / "final.json").read_text())
+    assert final["asked"]["num"] == 21 and final["num_samples"] == 21
+
+
+def test_budgets_in_seconds_are_spent_alike_whatever_the_clock_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which a masked step takes half as long as a whole one; evaluation, saving and rehearsing are not on it."""
+    plain = Trainer._step
+
+    def step(self: Trainer, stage: Stage, done: Any) -> Any:
+        before = done.seconds
+        result = plain(self, stage, done)
+        done.seconds = before + (1.0 if isinstance(stage.mask, NoMask) else 0.5)
+        return replace(result, seconds=self.progress.seconds)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    out = tmp_path / "cmp"
+    assert run_command(["compare", "digits", "--recipe", "digits", "--budget", "40s", "--seeds", "1", "--out", str(out), *SMALL]) == 0
+    found = json.loads((out / "compare.json").read_text())
+    assert [r["seconds"] for r in found["curves"]["whole"][0]] == pytest.approx([2.0 * (i + 1) for i in range(20)], abs=0.1)
+    assert found["arms"]["whole"]["steps"] == 40 and found["arms"]["maskdm"]["steps"] == 40 + 20
+    assert found["arms"]["maskdm"]["time"] == pytest.approx(40.0, abs=0.1)
+
+
+def test_other_data_under_the_same_name_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, random = tmp_path / "photos", np.random.default_rng(0)
+    data.mkdir()
+    for number in range(80):
+        Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(data / f"{number}.png")
+    out = tmp_path / "cmp"
+    line = [
+        "compare",
+        str(data),
+        "--recipe",
+        "digits",
+        "--budget",
+        "48images",
+        "--seeds",
+        "1",
+        "--out",
+        str(out),
+        "--heldout",
+        "0.5",
+        *SMALL,
+    ]
+    line += ["--pretrain.batch", "1", "--finetune.batch", "1", "--conditional", "false"]
+    assert run_command(line) == 0
+    Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(data / "new.png")
+    assert run_command(line) == 2
+    assert "holds another comparison (data_hash" in capsys.readouterr().err
+
+
+def test_a_setting_that_could_do_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("finetune.lr", "1e-4"), ("pretrain.budget.steps", "5"), ("intervals.save", "7"), ("pretrain.decay", "cosine")):
+        line = ["compare", "digits", "--recipe", "digits", "--budget", "1s", "--out", str(tmp_path / "cmp"), f"--{name}", value]
+        assert run_command(line) == 2
+        assert f"--{name} has no part in a comparison" in capsys.readouterr().err
+
+
+def test_an_arm_that_diverged_is_said_so_and_costs_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _Ruler.measure
+
+    def measure(self: Any, trainer: Trainer) -> dict[str, Any]:
+        found = real(self, trainer)
+        return found | {"loss": math.nan} if trainer.config.stages[0].name == "1-maskdm" else found
+
+    monkeypatch.setattr(_Ruler, "measure", measure)
+    out = tmp_path / "cmp"
+    assert run_command(command(out, seeds=1)) == 0
+    found = json.loads((out / "compare.json").read_text())
+    assert "a loss of maskdm is not a number" in found["verdicts"][0]["text"]
+    assert found["arms"]["maskdm"]["images"] < 100 < found["arms"]["whole"]["images"]
 
 
 @pytest.mark.parametrize(

@@ -64,13 +64,10 @@ class Plan:
 
 @dataclass
 class Compare:
-    """Train several ways at equal cost, in turns, on the same data and seeds, and say which reaches what the first ends with sooner.
+    """Train several ways at equal cost, in turns, on the same data and seeds, and say which reaches what the first reaches sooner.
 
-    maskdm compare photos --budget 10m --out DIR                              whole images against the recipe's masked way
-    maskdm compare photos --budget 10m --arms whole,patch-75@50 --out DIR     or any others
-
-    Takes the settings that `maskdm train` takes. The same command again resumes; more --seeds add to a comparison.
-    Leaves a table, compare.png, and compare.json.
+    Takes the settings that `maskdm train` takes. The same command again resumes; --seeds and --arms may grow. Leaves a table, compare.png
+    and compare.json.
     """
 
     data: Data
@@ -80,9 +77,9 @@ class Compare:
         str,
         arg(
             help="comma-separated, the first is what the others are compared with: whole; maskdm (the recipe's masked stage); or masked "
-            "stages joined by +, each MASK[-HIDDEN][@SHARE][/KEY=VALUE ...], such as patch-50@60, block4-75@50/batch=256, crop8, "
-            "views4, route-50, defer-75, or patch-90@30+patch-50@30: HIDDEN and SHARE of the budget in %, keys batch, lr, warmup, "
-            "decay, start_from; the rest of the budget goes to whole images; NAME=ARM names one"
+            "stages joined by +, each MASK[-HIDDEN][@SHARE][/KEY=VALUE ...], such as patch-50@60, block4-75@50/batch=256, crop4, "
+            "views4, route-50, sprint-75, defer-75, decode-50, or patch-90@30+patch-50@30: HIDDEN and SHARE of the budget in %, keys "
+            "batch, lr, warmup, decay, start_from; the rest of the budget goes to whole images; NAME=ARM names one"
         ),
     ] = "whole,maskdm"
     seeds: Annotated[int, arg(help="runs of each arm; intervals are over them")] = 3

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskdm.config import Config, Mask
 from maskdm.diffusion import Times, draw_times
-from maskdm.masking import Kept, Route, draw, draw_route, num_entering
+from maskdm.masking import Kept, Route, draw, draw_route, num_entering, num_sequences
 
 ROWS = 8
 """Samples that share one generator: few enough to slice a batch anywhere without much waste, enough to draw quickly."""
@@ -37,6 +37,11 @@ def derive(*parts: int | str) -> int:
     """A 63-bit seed that is a function of all parts."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def _of_images(uniform: Tensor, views: int) -> Tensor:
+    """One draw for all views of an image, which are of the same patches only where all are mirrored alike."""
+    return uniform.reshape(-1, views)[:, :1].expand(-1, views).flatten()
 
 
 def _route(config: Config, routes: list[Route], here: slice, uniform: Tensor) -> Route | None:
@@ -72,12 +77,14 @@ def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, coun
     uniform = torch.cat(uniforms)[here]
     share = uniform[:, 0]
     if config.diffusion.stratified:
-        share = (torch.arange(first, first + count, device=device) + share) / batch
+        number, views = torch.arange(first, first + count, device=device), num_sequences(mask)
+        stratum = number // views + number % views * (batch // views)  # the views of an image are apart in time
+        share = (stratum + share) / batch
     return Draws(
         t=draw_times(config.diffusion, share),
         kept=torch.cat(masks)[here] if masks else None,
         route=_route(config, routes, here, uniform[:, 1]),
         noise=torch.cat(noises)[here],
         drop=uniform[:, 1] < config.diffusion.label_drop,
-        flip=uniform[:, 2] < config.data.flip,
+        flip=_of_images(uniform[:, 2], num_sequences(mask)) < config.data.flip,
     )

@@ -18,6 +18,7 @@ from maskdm.config.network import (
     UniformTimesteps,
     UniformWeight,
     UViTConfig,
+    swiglu_width,
 )
 from maskdm.config.run import SHORTHANDS, Config
 from maskdm.config.training import (
@@ -69,4 +70,5 @@ __all__ = [
     "UniformTimesteps",
     "UniformWeight",
     "ViewsMask",
+    "swiglu_width",
 ]

@@ -63,6 +63,11 @@ class _Patched:
         return (size[0] // self.side) * (size[1] // self.side) * self.sets
 
 
+def swiglu_width(width: int, mlp_ratio: float) -> int:
+    """Hidden width of a SwiGLU with the parameters of a GELU MLP of this ratio, in whole tiles of 32."""
+    return -(-int(width * mlp_ratio * 2 / 3) // 32) * 32
+
+
 FUSE = "blocks at either end past which inner ones may be skipped, joined again by a layer (SPRINT); 0: no such layer"
 TOKEN = "a learned token that stands for hidden patches in the last blocks, for the mask decode (MaskDiT)"
 
@@ -107,6 +112,11 @@ class DiTConfig(_Patched):
     transform: Annotated[Transform, TRANSFORM] = "pixels"
     fuse: Annotated[int, FUSE] = 0
     mask_token: Annotated[bool, TOKEN] = False
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return swiglu_width(self.width, self.mlp_ratio)
 
     def __post_init__(self) -> None:
         _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio, self.fuse)

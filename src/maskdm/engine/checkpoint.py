@@ -70,16 +70,34 @@ def _step(name: str) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def load(path: Path) -> Checkpoint:
-    """Read and verify a checkpoint. Raises UserError naming the damaged file and the way out."""
-    way_out = f"; delete {path} to go on from the checkpoint before it"
+def numbers(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint, its tensors left alone. Raises UserError as `load` does."""
+    return _plain(_manifest(path))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / _MANIFEST).read_text())
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"checkpoint {path / _MANIFEST} is missing or damaged{way_out}") from None
+        manifest["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"checkpoint {path / _MANIFEST} is missing or damaged{_way_out(path)}") from None
     if manifest.get("format") != FORMAT:
         raise UserError(f"checkpoint {path} has format {manifest.get('format')}, and this version of maskdm reads format {FORMAT}")
+    return manifest
+
+
+def _plain(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in manifest.items() if key not in ("format", "files")}
+
+
+def _way_out(path: Path) -> str:
+    return f"; delete {path} to go on from the checkpoint before it"
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint. Raises UserError naming the damaged file and the way out."""
+    manifest, way_out = _manifest(path), _way_out(path)
+    files: dict[str, dict[str, Any]] = manifest["files"]
     tensors: dict[str, dict[str, Tensor]] = {}
     for file, expected in files.items():
         whole = path / file
@@ -89,7 +107,7 @@ def load(path: Path) -> Checkpoint:
             tensors[whole.stem] = load_file(whole)
         except (OSError, SafetensorError) as error:
             raise UserError(f"checkpoint file {whole} cannot be read ({error}){way_out}") from None
-    return Checkpoint(path, tensors, {k: v for k, v in manifest.items() if k not in ("format", "files")})
+    return Checkpoint(path, tensors, _plain(manifest))
 
 
 def rotate(folder: Path, keep: int) -> None:

@@ -8,6 +8,7 @@ generator state, and a run resumed from them continues bit for bit.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -149,6 +150,14 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(numbers["scaler"])
 
+    def rehearse(self) -> None:
+        """Run a step of every stage that is left and forget it: what the first steps of a process cost beside is then paid."""
+        tensors = {file: {name: value.clone() for name, value in group.items()} for file, group in self.tensors().items()}
+        numbers = copy.deepcopy(self.numbers())
+        for stage in self.config.stages[self.progress.stage :]:
+            self._step(stage, StageProgress())
+        self.restore(tensors, numbers)
+
     # --- the loop ---
 
     def run(self) -> Iterator[Step]:
@@ -270,7 +279,7 @@ class Trainer:
             batch = self.feed.batch(self.progress.images + first, count)
             images, labels = batch.images, batch.labels
             if each > 1:
-                images = images.repeat_interleave(each, dim=0)
+                images = images.repeat_interleave(each, dim=0)  # as `draws` counts them
                 labels = None if labels is None else labels.repeat_interleave(each, dim=0)
         with record_function("maskdm: draws"):
             seed = derive("train", self.config.seed)

@@ -8,10 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
 from maskdm.evaluation.intervals import Estimate
+
+Unit = Literal["seconds", "flops", "images"]
+SOONER: dict[Unit, str] = {"seconds": "sooner", "flops": "cheaper in arithmetic", "images": "sooner in images"}
 
 MARGIN = 1.05
 """Speed-ups nearer to 1 count as no difference: two arms that are the same differ by that much on a busy machine."""
@@ -45,15 +50,27 @@ class Curve:
 def speed_up(arm: Curve, against: Curve) -> float:
     """What `against` spent on its best loss over what `arm` spent on the same; above 1: `arm` is faster.
 
-    Where the arm never gets there it is the other way round: over the arm's best loss, below 1. So it changes without a leap.
+    Where the arm never gets there it is the other way round: over the arm's best loss, below 1. On curves that still fall it changes
+    without a leap; where they have levelled out the costs of nearly equal losses are far apart, and the ratio says little.
     NaN where a loss of either is not finite.
     """
     if not all(map(math.isfinite, (*arm.losses, *against.losses))):
         return math.nan
-    level = max(arm.best, against.best)  # the one that both reach
+    level = _level(arm, against)
     theirs, ours = against.cost_of(level), arm.cost_of(level)
     assert theirs is not None and ours is not None
     return theirs / ours
+
+
+def _level(arm: Curve, against: Curve) -> float:
+    """The lowest loss that both reach."""
+    return max(arm.best, against.best)
+
+
+def _bound(arm: Curve, against: Curve) -> bool:
+    """Whether one has reached the level before it was first measured: the ratio is then only the least that it can be."""
+    level = _level(arm, against)
+    return arm.losses[0] <= level or against.losses[0] <= level
 
 
 @dataclass(frozen=True)
@@ -77,30 +94,33 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate.around(mean, float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1)
 
 
-def compare_curves(arm: str, curves: Sequence[Curve], against: str, others: Sequence[Curve]) -> Verdict:
+def compare_curves(arm: str, curves: Sequence[Curve], against: str, others: Sequence[Curve], unit: Unit = "seconds") -> Verdict:
     """The verdict on curves of the same seeds, in the same order: pairs share what a seed decides, and differ by the arm alone."""
     ratios = [speed_up(ours, theirs) for ours, theirs in zip(curves, others, strict=True)]
     if not all(map(math.isfinite, ratios)):
-        return Verdict(arm, against, math.nan, None, None, len(ratios), f"no verdict on {arm}: a loss is not a number; it diverged")
+        lost = [name for name, seeds in ((arm, curves), (against, others)) if not all(math.isfinite(x) for c in seeds for x in c.losses)]
+        text = f"no verdict on {arm} and {against}: a loss of {' and of '.join(lost)} is not a number; it diverged"
+        return Verdict(arm, against, math.nan, None, None, len(ratios), text)
+    _words = partial(_reaches, sooner=SOONER[unit])
     mean, low, high = (math.exp(value) for value in over_seeds([math.log(ratio) for ratio in ratios]))
+    bound = "; only a bound, since the faster one was there before it was first measured" if any(map(_bound, curves, others)) else ""
     if len(ratios) < 2:
         text = f"{_words(arm, against, mean)} (one seed, so no interval: take it for no more than a hint, and repeat with --seeds 3)"
-        return Verdict(arm, against, mean, None, None, 1, text)
+        return Verdict(arm, against, mean, None, None, 1, text + bound)
     span = f"95 % interval {low:.2f} to {high:.2f}, {len(ratios)} seeds"
     if low > 1 and mean >= MARGIN:
-        text = f"{arm}: reaches {against}'s best quality {mean:.2f}x sooner ({span})"
+        text = f"{arm}: reaches {against}'s best held-out loss {mean:.2f}x {SOONER[unit]} ({span})"
     elif high < 1 and mean <= 1 / MARGIN:
         back = f"95 % interval {1 / high:.2f} to {1 / low:.2f}, {len(ratios)} seeds"
-        text = f"no gain here: {against} reaches {arm}'s best quality {1 / mean:.2f}x sooner ({back})"
+        text = f"no gain here: {against} reaches {arm}'s best held-out loss {1 / mean:.2f}x {SOONER[unit]} ({back})"
     elif low > 1 / MARGIN and high < MARGIN:
         text = f"no difference: {arm} and {against} are as fast, to {MARGIN - 1:.0%} (speed-up {mean:.2f}, {span})"
     else:
         span = span if mean >= 1 else f"95 % interval {1 / high:.2f} to {1 / low:.2f}, {len(ratios)} seeds"
         text = f"no difference shown: {_words(arm, against, mean)} ({span}); more seeds or a longer budget may tell"
-    return Verdict(arm, against, mean, low, high, len(ratios), text)
+    return Verdict(arm, against, mean, low, high, len(ratios), text + bound)
 
 
-def _words(arm: str, against: str, mean: float) -> str:
-    if mean >= 1:
-        return f"{arm} reaches {against}'s best quality {mean:.2f}x sooner"
-    return f"{against} reaches {arm}'s best quality {1 / mean:.2f}x sooner"
+def _reaches(arm: str, against: str, mean: float, sooner: str) -> str:
+    first, second = (arm, against) if mean >= 1 else (against, arm)
+    return f"{first} reaches {second}'s best held-out loss {max(mean, 1 / mean):.2f}x {sooner}"

@@ -7,7 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from maskdm.config import Transform
+from maskdm.config import Transform, swiglu_width
 from maskdm.masking import Route, span, take
 from maskdm.models.denoiser import Denoiser, SampleSize
 from maskdm.models.layers import Attention, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal
@@ -26,8 +26,7 @@ class DiTBlock(nn.Module):
         self.norm1 = RMSNorm(width)
         self.attention = Attention(width, heads, qkv_bias=False, normalize=True)
         self.norm2 = RMSNorm(width)
-        hidden = -(-int(width * mlp_ratio * 2 / 3) // 32) * 32  # three matrices at 2/3 the width weigh what two do; tiles like 32
-        self.mlp = SwiGLU(width, hidden)
+        self.mlp = SwiGLU(width, swiglu_width(width, mlp_ratio))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tokens, condition: Float[Tensor, "batch width"], turn: tuple[Tensor, Tensor]) -> Tokens:

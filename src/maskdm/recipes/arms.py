@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from maskdm.config import (
     BlockMask,
@@ -21,11 +23,15 @@ from maskdm.config import (
     ViewsMask,
 )
 from maskdm.errors import UserError, nearest
+from maskdm.settings import to_plain
 
 SHARE = 0.5
 """Of the budget, for a masked stage that names none."""
 
-NAMES = ("whole", "maskdm", "patch", "block2", "block4", "block8", "views4", "route", "sprint", "defer", "decode", "crop8")
+HIDDEN = {"block": 0.9, "defer": 0.75, "sprint": 0.75}
+"""Shares hidden by families that are given none, as their papers have it; 0.5 by the others."""
+
+NAMES = ("whole", "maskdm", "patch", "block2", "block4", "block8", "views4", "route", "sprint", "defer", "decode", "crop4")
 KEYS = ("batch", "lr", "warmup", "decay", "start_from")
 
 
@@ -46,13 +52,26 @@ class Arm:
         init = None if self.init is None else self.init.replace("{seed}", str(seed))
         return replace(base, model=self.model, stages=stages, seed=seed, init=init)
 
+    def describe(self) -> str:
+        """Its stages in words."""
+        words = [
+            f"{stage.name.partition('-')[2]} for {share:.0%}, batch {stage.batch}, lr {stage.lr:g}"
+            for stage, share in zip(self.stages, self.shares, strict=True)
+        ]
+        return "; ".join(words) + (f"; from {self.init}" if self.init else "")
+
+    def record(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        stages = [{"share": share} | to_plain(stage) for stage, share in zip(self.stages, self.shares, strict=True)]
+        return {"stages": stages, "model": to_plain(self.model), "init": self.init}
+
 
 def parse_arm(text: str, base: Config) -> Arm:
     """An arm from what a person wrote, its stages after those of `base`. Raises UserError naming the part that cannot be read.
 
-    The first stage has the batch, learning rate and warm-up of the base's first masked stage (of the first, where none is), whole images
-    those of its last whole one. A whole stage that comes first learns at the first rate: it is no fine-tuning. Rates are constant, so
-    that an arm is comparable at any time; /decay=cosine for another course. /init=RUN, at the end, starts from a run's weights.
+    Every stage has the learning rate and warm-up of the base's first masked stage (of the first, where none is), so that no arm gains by a
+    rate that falls; masked ones have its batch too, whole ones that of its last whole stage. Rates are constant, so that an arm is
+    comparable at any time; /decay=cosine for another course. /init=RUN, at the end, starts from a run's weights.
     """
     text, _, init = text.partition("/init=")
     name, named, spec = text.partition("=") if "=" in text.split("/")[0] else (text, "", text)
@@ -64,9 +83,7 @@ def parse_arm(text: str, base: Config) -> Arm:
     shares: list[float] = []
     stages: list[Stage] = []
     for part in spec.split("+"):
-        stage, share = _stage(text, part, base, first=not stages)
-        if stages and isinstance(stages[-1].mask, NoMask):
-            raise UserError(f"--arms '{text}': whole images come last")
+        stage, share = _stage(text, part, base)
         stages.append(replace(stage, name=f"{len(stages) + 1}-{stage.name}"))
         shares.append(share if share is not None else 1.0 - sum(shares) if isinstance(stage.mask, NoMask) else SHARE * (1.0 - sum(shares)))
     left = 1.0 - sum(shares)
@@ -75,7 +92,7 @@ def parse_arm(text: str, base: Config) -> Arm:
     if left > 1e-9:
         if isinstance(stages[-1].mask, NoMask):
             raise UserError(f"--arms '{text}': its stages come to {sum(shares):.0%} of the budget, not to all of it")
-        whole, _ = _stage(text, "whole", base, first=False)
+        whole, _ = _stage(text, "whole", base)
         stages.append(replace(whole, name=f"{len(stages) + 1}-whole"))
         shares.append(left)
     arm = Arm(name, tuple(shares), tuple(stages), _model(base, [part.partition("-")[0] for part in spec.split("+")]), init or None)
@@ -110,41 +127,47 @@ def _model(base: Config, families: list[str]) -> Model:
     return model
 
 
-def _stage(text: str, part: str, base: Config, first: bool) -> tuple[Stage, float | None]:
+def rates_of(base: Config) -> Stage:
+    """The stage whose learning rate and warm-up the arms take: the first masked one, or the first."""
+    return next((stage for stage in base.stages if not isinstance(stage.mask, NoMask)), base.stages[0])
+
+
+def _stage(text: str, part: str, base: Config) -> tuple[Stage, float | None]:
     """One stage and its share, if it names one."""
     head, *settings = part.split("/")
     head, _, share_text = head.partition("@")
     family, _, rate_text = head.partition("-")
-    masked = next((stage for stage in base.stages if not isinstance(stage.mask, NoMask)), base.stages[0])
+    masked = rates_of(base)
     whole = next((stage for stage in reversed(base.stages) if isinstance(stage.mask, NoMask)), base.stages[-1])
     share = None if not share_text else _number(text, share_text, "share") / 100
     if family == "maskdm" and (rate_text or isinstance(masked.mask, NoMask)):
         raise UserError(f"--arms '{text}': maskdm takes the mask of the recipe's masked stage; name a mask, such as patch-50")
     mask = masked.mask if family == "maskdm" else _mask(text, family, rate_text, base)
     of_whole = isinstance(mask, NoMask)
-    start = masked if first or not of_whole else whole
-    batch = whole.batch if of_whole else masked.batch
+    like = whole if of_whole else masked
     stage = Stage(
-        family if of_whole or family == "maskdm" else f"{family}-{rate_text}".rstrip("-"),
+        family if of_whole or family == "maskdm" else f"{family}-{rate_text}".rstrip("-").replace(".", "_"),
         Budget(minutes=1.0),
         mask,
-        batch=batch,
-        lr=start.lr,
-        warmup=start.warmup,
-        start_from="raw" if first else start.start_from,
+        batch=like.batch,
+        accumulate=like.accumulate,
+        lr=masked.lr,
+        warmup=masked.warmup,
+        start_from=like.start_from,
     )
     for key, good, value in (setting.partition("=") for setting in settings):
         if key not in KEYS or not good:
             raise UserError(f"--arms '{text}': '{key}' is no key{nearest(key, list(KEYS))}; there are {', '.join(KEYS)}, as KEY=VALUE")
-        stage = replace(stage, **{key: _value(text, key, value)})
+        stage = replace(stage, **{key: _value(text, key, value)} | ({"accumulate": 1} if key == "batch" else {}))
     return stage, share
 
 
 def _value(text: str, key: str, value: str) -> int | float | str:
-    if key in ("batch", "warmup"):
-        return int(_number(text, value, key))
-    if key == "lr":
-        return _number(text, value, key)
+    if key in ("batch", "warmup", "lr"):
+        number = _number(text, value, key)
+        if key != "lr" and number != int(number):
+            raise UserError(f"--arms '{text}': {key} is '{value}'; give a whole number")
+        return number if key == "lr" else int(number)
     known = ("constant", "cosine", "linear") if key == "decay" else ("raw", "ema")
     if value not in known:
         raise UserError(f"--arms '{text}': {key} is '{value}'; give {', '.join(known)}")
@@ -153,13 +176,16 @@ def _value(text: str, key: str, value: str) -> int | float | str:
 
 def _number(text: str, value: str, what: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        raise UserError(f"--arms '{text}': {what} is '{value}', which is no number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--arms '{text}': {what} is '{value}', which is no number")
+    return number
 
 
 def _mask(text: str, family: str, rate: str, base: Config) -> Mask:
-    hidden = _number(text, rate, "the share hidden") / 100 if rate else 0.75 if family == "sprint" else 0.5
+    hidden = _number(text, rate, "the share hidden") / 100 if rate else HIDDEN.get(family.rstrip("248"), 0.5)
     if not 0 < hidden < 1:
         raise UserError(f"--arms '{text}': {rate} % hidden; give more than 0 and less than 100")
     if family == "whole" and not rate:
@@ -185,5 +211,5 @@ def _mask(text: str, family: str, rate: str, base: Config) -> Mask:
     if family.startswith("crop") and family[4:].isdigit() and not rate:
         return CropMask(int(family[4:]))
     raise UserError(
-        f"--arms '{text}': '{family}{rate and '-' + rate}' is no mask{nearest(family, list(NAMES))}; give {', '.join(NAMES[:-1])} or crop8"
+        f"--arms '{text}': '{family}{rate and '-' + rate}' is no mask{nearest(family, list(NAMES))}; give {', '.join(NAMES[:-1])} or {NAMES[-1]}"
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,35 +13,41 @@ from numpy.typing import NDArray
 
 import maskdm
 from maskdm.config import Budget, Config, Stage
-from maskdm.data import Dataset, Loader
-from maskdm.draws import derive
-from maskdm.engine import Machine, Ranks, Trainer, autocast, checkpoint, environment
+from maskdm.data import Dataset
+from maskdm.engine import Machine, Ranks, Trainer, autocast, environment
 from maskdm.errors import UserError
 from maskdm.evaluation import Extractor, FeatureNetwork, ImageSet, Subject, denoising_loss, digest, evaluate_samples, overfitting
-from maskdm.models import build
+from maskdm.evaluation.speedups import Unit
 from maskdm.pictures import grid
-from maskdm.recipes.arms import Arm, parse_arms
+from maskdm.recipes.arms import Arm, parse_arms, rates_of
 from maskdm.runs.compare_results import Contest, Record, summarize
+from maskdm.runs.contestant import Contestant, Field
 from maskdm.runs.directory import write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
-from maskdm.runs.plan import flops, stage_records
+from maskdm.runs.plan import flops
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
 from maskdm.runs.sample import draw_images
 from maskdm.runs.sets import CLASSES, images_and_labels, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, make_pipeline, state_hash
-from maskdm.runs.train import Interrupted, initialize, prepare_data, set_up_torch, stop_requests
-from maskdm.settings import differences, from_plain, to_plain
+from maskdm.runs.train import Interrupted, prepare_data, set_up_torch, stop_requests
+from maskdm.settings import differences, find, from_plain, to_plain
 
 SLICES = 20
 """Turns that a budget is cut into; the loss is measured after each."""
 
 MEASURED, LEAST_MEASURED = 256, 32
-"""Held-out images of a measurement: fewer where it would take more than a tenth of a turn."""
+"""Held-out images of a measurement, or all where there are fewer; and how few are too few."""
 
 FINAL = 1000
 MAX_REFERENCE = 5000
-UNITS = {"s": ("seconds", 1.0), "m": ("seconds", 60.0), "h": ("seconds", 3600.0), "flops": ("flops", 1.0), "images": ("images", 1.0)}
+UNITS: dict[str, tuple[Unit, float]] = {
+    "s": ("seconds", 1.0),
+    "m": ("seconds", 60.0),
+    "h": ("seconds", 3600.0),
+    "flops": ("flops", 1.0),
+    "images": ("images", 1.0),
+}
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
@@ -51,7 +55,7 @@ PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 class Cost:
     """What every arm may spend: seconds of training, FLOPs or images."""
 
-    unit: str
+    unit: Unit
     amount: float
 
     @staticmethod
@@ -96,50 +100,6 @@ class CompareRequest:
     num: int = 500
 
 
-class Contestant:
-    """One arm under one seed: a trainer, what has been measured of it, and where both are kept."""
-
-    def __init__(
-        self, arm: Arm, config: Config, folder: Path, dataset: Dataset, rows: NDArray[np.int64], machine: Machine, display: Display
-    ) -> None:
-        self.arm, self.config, self.folder = arm, config, folder / f"seed-{config.seed}"
-        classes = list(dataset.class_names) if config.data.conditional else []
-        torch.manual_seed(derive("weights", config.seed))
-        model = build(config.model, config.data, len(classes))
-        found = checkpoint.names(self.folder)
-        if not found:
-            initialize(config, model, classes, display)
-        self.trainer = Trainer(config, Loader(dataset, rows, config.seed), model, machine.device, machine.precision)
-        self.records: list[Record] = []
-        self.final: dict[str, Any] | None = None
-        if found:
-            saved = checkpoint.load(self.folder / found[-1])
-            self.trainer.restore(saved.tensors, saved.numbers)
-            self.records = saved.numbers["records"]
-        self._steps = self.trainer.run()
-        if (self.folder / "final.json").is_file():
-            self.final = json.loads((self.folder / "final.json").read_text())
-
-    def spent(self) -> Record:
-        """Seconds, steps, images and FLOPs so far."""
-        progress, stages = self.trainer.progress, self.config.stages
-        work = sum(flops(self.config, stage.mask, done.images) for stage, done in zip(stages, progress.stages, strict=True))
-        return {"seconds": progress.seconds, "steps": progress.step, "images": progress.images, "flops": work}
-
-    def advance(self, unit: str, until: float, stop: list[str]) -> bool:
-        """Train until so much has been spent, or all stages have ended, or `stop` holds something; True unless stopped."""
-        while self.spent()[unit] < until and not stop:
-            if next(self._steps, None) is None:
-                return True
-        return not stop
-
-    def save(self) -> None:
-        """Keep the trainer and the records."""
-        numbers = {**self.trainer.numbers(), "records": self.records}
-        checkpoint.save(self.folder, f"step-{self.trainer.progress.step:08}", self.trainer.tensors(), numbers)
-        checkpoint.rotate(self.folder, 1)
-
-
 def compare(request: CompareRequest, display: Display) -> str:
     """Run what is left of a comparison; returns the table and the verdicts. Raises UserError, Interrupted."""
     out, cost = request.train.out, Cost.parse(request.budget)
@@ -148,112 +108,134 @@ def compare(request: CompareRequest, display: Display) -> str:
     if request.num < 10:
         raise UserError(f"--num is {request.num}; give at least 10 samples")
     resolved = resolve(replace(request.train, out=out / "run"))  # where no run is
-    base = replace(resolved.config, ema=replace(resolved.config.ema, snapshots=0), tracking=(), init=resolved.config.init)
+    base = replace(resolved.config, ema=replace(resolved.config.ema, snapshots=0), tracking=())
+    _refuse_idle(request, base)
     arms = parse_arms(request.arms, base)
-    if base.init is not None:
-        raise UserError("--init would be every arm's; name the arm that starts from a run: pretrained=whole/init=RUN")
-    _begin(request, base, out)
     display.heading(f"maskdm {maskdm.__version__}: {', '.join(arm.name for arm in arms)} on {request.train.data}, {request.budget} each")
+    for arm in arms:
+        display.note(f"  {arm.name}: {arm.describe()}")
     set_up_torch(base, resolved)
     dataset = prepare_data(resolved, display)
     training, heldout = dataset.split(base.data.heldout, base.seed, base.data.limit)
     if len(heldout) < LEAST_MEASURED:
         raise UserError(f"{len(heldout)} held-out images are too few to compare by; hold at least {LEAST_MEASURED} out (--heldout)")
-    budgets = cost.stage_budget(base)
+    machine = environment(resolved.machine, torch.get_num_threads()) | {"maskdm": maskdm.__version__}
+    _begin(request, base, arms, dataset, machine, display)
+    field, budgets = Field(dataset, training, resolved.machine, display), cost.stage_budget
     contestants = [
-        Contestant(arm, arm.config(base, base.seed + i, budgets), out / "arms" / arm.name, dataset, training, resolved.machine, display)
+        Contestant(arm, arm.config(base, base.seed + i, budgets(replace(base, model=arm.model))), out / "arms" / arm.name, field)
         for i in range(request.seeds)
         for arm in arms
     ]
+    ruler = _Ruler(base, dataset, heldout, resolved.machine)
     with stop_requests() as stop:
-        _train(contestants, cost, _Ruler(base, dataset, heldout, resolved.machine), stop, display)
-        judge = _Judge(request, resolved, base, dataset, display)
-        for each in contestants:
-            if each.final is None:
-                display.note(f"measuring {each.arm.name}, seed {each.config.seed}")
-                each.final = judge.measure(each) | {"stages": stage_records(each.config, each.trainer.progress)}
-                write_text(each.folder / "final.json", json.dumps(each.final, indent=1))
-            if stop:
-                raise Interrupted(f"stopped by {stop[0]}, and saved; the same command resumes")
+        _train(contestants, cost, ruler, stop, display)
+        _conclude(contestants, _Judge(request, resolved, base, dataset, display), stop, display)
     contest = Contest(
         {arm.name: [each.records for each in contestants if each.arm is arm] for arm in arms},
         {arm.name: [each.final or {} for each in contestants if each.arm is arm] for arm in arms},
         cost.unit,
+        frozenset(arm.name for arm in arms if any(stage.decay != "constant" for stage in arm.stages)),
     )
     about = {"budget": request.budget, "seeds": request.seeds, "data": request.train.data, "config": to_plain(base)}
-    about |= {"environment": environment(resolved.machine, torch.get_num_threads()), "maskdm": maskdm.__version__}
+    about |= {"data_hash": dataset.content_hash, "heldout_images": ruler.count, "environment": machine}
     return summarize(contest, about, out)
 
 
-def _begin(request: CompareRequest, base: Config, out: Path) -> None:
-    """Write what was asked for; refuse to go on with something else. Raises UserError."""
-    asked = {"data": request.train.data, "budget": request.budget, "arms": request.arms, "seeds": request.seeds}
-    asked |= {"features": request.features, "num": request.num}
-    file = out / "request.json"
-    if out.is_dir() and not file.is_file() and any(out.iterdir()):
-        raise UserError(f"--out {out} holds files that are not a comparison's; give an empty or a new directory")
+def _refuse_idle(request: CompareRequest, base: Config) -> None:
+    """Settings that a comparison gives no part to would be ignored: name them. Raises UserError."""
+    if base.init is not None:
+        raise UserError("--init would be every arm's; name the arm that starts from a run: pretrained=whole/init=RUN")
+    for name, _ in request.train.settings:
+        path = find(base, name).path
+        stage, key = path.split(".")[1:3] if path.startswith("stages.") else ("", "")
+        if key in ("budget", "decay") or (key in ("lr", "warmup") and stage != rates_of(base).name):
+            raise UserError(f"--{name} has no part in a comparison, whose arms say it (/{key}=); see --arms")
+        if path.startswith(("evaluation.", "intervals.", "ema.snapshots", "ema.sigma_rel", "tracking")):
+            raise UserError(f"--{name} has no part in a comparison; leave it out")
+
+
+def _begin(request: CompareRequest, base: Config, arms: Sequence[Arm], dataset: Dataset, machine: dict[str, Any], display: Display) -> None:
+    """Write what was asked for; refuse to go on with something else. Seeds and arms may be added. Raises UserError."""
+    out = request.train.out
+    asked: dict[str, Any] = {"data": request.train.data, "data_hash": dataset.content_hash, "budget": request.budget}
+    file, specs = out / "request.json", {arm.name: arm.record() for arm in arms}
+    seeds, machines = request.seeds, [machine]
     if file.is_file():
-        before = json.loads(file.read_text())
-        changed = [f"{key} {before.get(key)} -> {value}" for key, value in asked.items() if before.get(key) != value and key != "seeds"]
-        changed += differences(from_plain(before["config"]), base)
-        if changed or before["seeds"] > request.seeds:
-            what = changed[0] if changed else f"seeds {before['seeds']} -> {request.seeds}"
-            raise UserError(f"{out} holds another comparison ({what}); give another --out, or the same arguments to resume")
+        try:
+            before: dict[str, Any] = json.loads(file.read_text())
+            config = from_plain(before["config"])
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"{file} cannot be read; give another --out") from None
+        changed = [f"{key} {before.get(key)} -> {value}" for key, value in asked.items() if before.get(key) != value]
+        changed += [f"arm {name}: {was} -> {specs[name]}" for name, was in before["arms"].items() if specs.get(name, was) != was]
+        changed += differences(config, base)
+        if changed:
+            raise UserError(f"{out} holds another comparison ({changed[0]}); give another --out, or the same arguments to resume")
+        specs, seeds, machines = before["arms"] | specs, max(seeds, before["seeds"]), before["machines"]
+        if machine not in machines:
+            was = next(f"{key} {old} -> {machine.get(key)}" for key, old in machines[-1].items() if machine.get(key) != old)
+            display.note(f"the machine or its software is another than before ({was}): times are comparable within a turn, not across")
+            machines = [*machines, machine]
+    elif out.is_dir() and any(path.name != ".request.json.partial" for path in out.iterdir()):
+        raise UserError(f"--out {out} holds files that are not a comparison's; give an empty or a new directory")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
-    write_text(file, json.dumps({**asked, "config": to_plain(base)}, indent=1))
+    record = {**asked, "seeds": seeds, "arms": specs, "machines": machines, "config": to_plain(base)}
+    write_text(file, json.dumps(record, indent=1))
 
 
 def _train(contestants: list[Contestant], cost: Cost, ruler: _Ruler, stop: list[str], display: Display) -> None:
-    """All contestants, a slice each in turns, so that a drifting machine hurts all alike; saved after each."""
+    """All contestants, a slice each in turns and in another order every time, so that a drifting machine hurts all alike.
+
+    Saved after each. One that has diverged is left as it is.
+    """
     with display.counting("training in turns") as progress:
         for number in range(SLICES):
-            for place in range(len(contestants)):
-                each = contestants[(place + number) % len(contestants)]
+            for place, index in enumerate(np.random.default_rng(number).permutation(len(contestants))):
+                each = contestants[index]
                 if len(each.records) > number:
                     continue
-                going = each.advance(cost.unit, (number + 1) / SLICES * cost.amount, stop)
+                if each.diverged:
+                    each.records.append(each.records[-1] | {"slice": number})
+                    continue
+                with each.training() as trainer:
+                    going = each.advance(trainer, cost.unit, (number + 1) / SLICES * cost.amount, stop)
+                    if going:
+                        each.records.append(each.spent(trainer) | ruler.measure(trainer) | {"slice": number})
+                    each.save(trainer)
                 if not going:
-                    each.save()
                     raise Interrupted(f"stopped by {stop[0]}, and saved; the same command resumes")
-                each.records.append(each.spent() | ruler.measure(each, cost, number))
-                each.save()
                 progress(number * len(contestants) + place + 1, SLICES * len(contestants))
+
+
+def _conclude(contestants: list[Contestant], judge: _Judge, stop: list[str], display: Display) -> None:
+    """Measure those that have not been, or not in this way."""
+    for each in contestants:
+        if each.final is None or each.final["asked"] != judge.asked:
+            display.note(f"measuring {each.arm.name}, seed {each.config.seed}")
+            with each.training(rehearse=False) as trainer:
+                each.conclude(trainer, {} if each.diverged else judge.measure(each, trainer), judge.asked)
+        if stop:
+            raise Interrupted(f"stopped by {stop[0]}, and saved; the same command resumes")
 
 
 class _Ruler:
     """Measures the held-out loss of whole images, on the same images and noise every time."""
 
     def __init__(self, base: Config, dataset: Dataset, heldout: NDArray[np.int64], machine: Machine) -> None:
-        self.base, self.dataset, self.heldout, self.machine = base, dataset, heldout, machine
-        self._count = 0
+        self.base, self.machine = base, machine
+        self.count = min(MEASURED, len(heldout))
+        some = heldout[np.linspace(0, len(heldout) - 1, self.count).astype(np.int64)]
+        self._pixels, self._labels = images_and_labels(base, dataset, some, machine.device)
 
-    def measure(self, each: Contestant, cost: Cost, number: int) -> Record:
+    def measure(self, trainer: Trainer) -> Record:
         """The loss of the averaged weights, and by noise level."""
-        if not self._count:
-            known = [record["num_images"] for record in each.records]
-            self._count = known[-1] if known else self._affordable(each, cost)
-        found = self._loss(each, self._count)
-        return {"loss": found.loss, "levels": found.levels, "num_images": self._count, "slice": number}
-
-    def _affordable(self, each: Contestant, cost: Cost) -> int:
-        """Images whose measurement takes a tenth of a turn, as long as turns are timed."""
-        most = min(MEASURED, len(self.heldout))
-        if cost.unit != "seconds":
-            return most
-        self._loss(each, LEAST_MEASURED)
-        started = time.perf_counter()
-        self._loss(each, LEAST_MEASURED)
-        seconds = (time.perf_counter() - started) / LEAST_MEASURED
-        return int(min(most, max(LEAST_MEASURED, 0.1 * cost.amount / SLICES / seconds)))
-
-    def _loss(self, each: Contestant, count: int) -> Any:
-        some = self.heldout[np.linspace(0, len(self.heldout) - 1, count).astype(np.int64)]
-        pixels, labels = images_and_labels(self.base, self.dataset, some, self.machine.device)
         with autocast(self.machine.device, self.machine.precision):
-            return denoising_loss(each.trainer.average.model, self.base.diffusion, pixels, labels)
+            found = denoising_loss(trainer.average.model, self.base.diffusion, self._pixels, self._labels)
+        return {"loss": found.loss, "levels": found.levels}
 
 
 class _Judge:
@@ -263,13 +245,14 @@ class _Judge:
         self.base, self.dataset, self.machine, self.num = base, dataset, resolved.machine, request.num
         self.training, self.heldout = sets_of(base, dataset)
         self.features, self.display = request.features, display
+        self.asked = {"features": request.features, "num": request.num}
         self._network: FeatureNetwork | None = None
 
-    def measure(self, each: Contestant) -> dict[str, Any]:
+    def measure(self, each: Contestant, trainer: Trainer) -> dict[str, Any]:
         """The keys are those of `maskdm evaluate` (docs/evaluation.md)."""
         if self._network is None:
             self._network = choose_network(self.features, self.training, self.heldout, 0, self.machine.device, Ranks(), self.display)
-        model, names = each.trainer.average.model, list(self.dataset.class_names) if self.base.data.conditional else []
+        model, names = trainer.average.model, list(self.dataset.class_names) if self.base.data.conditional else []
         labels = natural_labels(self.base, self.dataset, self.training.rows, self.num)
         pipeline = make_pipeline(model, self.base, names)
         drawn = draw_images(pipeline, self.base.sampling, range(self.num), labels, each.config.seed, self.machine.precision)

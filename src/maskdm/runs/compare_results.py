@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from maskdm.evaluation.intervals import Estimate
-from maskdm.evaluation.speedups import Curve, Verdict, compare_curves, over_seeds
+from maskdm.evaluation.speedups import Curve, Unit, Verdict, compare_curves, over_seeds
 from maskdm.runs.directory import write_text
 
 Record = dict[str, Any]
@@ -28,6 +28,9 @@ FIGURES = {
 }
 """Figures of an arm, and where they stand in an evaluation."""
 
+LEAST_STEPS = 40
+"""Two a turn; with fewer the turns are not of a length."""
+
 AXES = {"seconds": ("training time, minutes", 60.0), "flops": ("FLOPs of training", 1.0), "images": ("images seen", 1.0)}
 
 
@@ -37,7 +40,9 @@ class Contest:
 
     records: Mapping[str, Sequence[Sequence[Record]]]
     finals: Mapping[str, Sequence[Mapping[str, Any]]]
-    unit: str
+    unit: Unit
+    decaying: frozenset[str] = frozenset()
+    """Arms whose learning rate falls: only their ends compare."""
 
     def curves(self, arm: str) -> list[Curve]:
         """The losses of an arm against its budget's unit."""
@@ -54,6 +59,8 @@ def summarize(contest: Contest, about: Mapping[str, Any], out: Path) -> str:
     write_text(out / "compare.json", json.dumps(_plain(record), indent=1))
     draw(contest, arms, out / "compare.png")
     lines = [_table(arms), *_speeds(arms), *(verdict["text"] for verdict in verdicts)]
+    if len(others) > 2:
+        lines.append(f"{len(others)} comparisons: of twenty arms that are the same as {first} one would seem different by chance")
     return "\n".join([*lines, f"picture: {out / 'compare.png'}", f"figures: {out / 'compare.json'}"])
 
 
@@ -97,12 +104,36 @@ def _put(name: str, estimate: Estimate) -> dict[str, Any]:
 
 def _verdict(contest: Contest, arm: str, against: str) -> dict[str, Any]:
     """The speed-up, and the differences of the figures at the end, pairs of the same seed."""
-    verdict: Verdict = compare_curves(arm, contest.curves(arm), against, contest.curves(against))
+    verdict: Verdict = compare_curves(arm, contest.curves(arm), against, contest.curves(against), contest.unit)
     found = asdict(verdict)
     for name, path in FIGURES.items():
         pairs = [(_at(a, path), _at(b, path)) for a, b in zip(contest.finals[arm], contest.finals[against], strict=True)]
         if all(a is not None and b is not None for a, b in pairs):
             found |= _put(f"{name}_difference", over_seeds([a - b for a, b in pairs]))
+    fewest = min(int(seed[-1]["steps"]) for name in (arm, against) for seed in contest.records[name])
+    if fewest < LEAST_STEPS and math.isfinite(verdict.speedup):
+        return found | {"text": f"no verdict on {arm} and {against}: {fewest} steps are too few; give a longer budget"}
+    return found | {"text": "; ".join([found["text"], *_ends(found), *_caveats(contest, arm, against)])}
+
+
+def _ends(found: Mapping[str, Any]) -> list[str]:
+    """What differs at the end beyond chance, in words."""
+    words: list[str] = []
+    for name, better in (("loss", -1), ("distance", -1), ("precision", 1), ("recall", 1)):
+        low, high = found.get(f"{name}_difference_interval", (math.nan, math.nan))
+        if low > 0 or high < 0:
+            sign = "better" if (low > 0) == (better > 0) else "worse"
+            near, far = sorted((abs(low), abs(high)))
+            words.append(f"{name} {sign} by {abs(found[f'{name}_difference']):.3g} ({near:.3g} to {far:.3g})")
+    return [f"at the end its {', its '.join(words)}"] if words else []
+
+
+def _caveats(contest: Contest, arm: str, against: str) -> list[str]:
+    found: list[str] = []
+    if contest.decaying & {arm, against}:
+        found.append("a learning rate falls, so only the ends compare")
+    if len({int(r["pieces"]) for name in (arm, against) for seed in contest.records[name] for r in seed}) > 1:
+        found.append("memory ran out and some batches were computed in more pieces than others")
     return found
 
 

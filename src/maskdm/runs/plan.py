@@ -11,6 +11,7 @@ from maskdm.config import (
     CropMask,
     DecodeMask,
     DeferMask,
+    DiTConfig,
     Mask,
     NoMask,
     PatchMask,
@@ -57,14 +58,22 @@ def ideal_speedup(config: Config, mask: Mask) -> float:
 
 
 def flops(config: Config, mask: Mask, images: int) -> float:
-    """Arithmetic of the blocks, forward and backward, for training images: 3 (24 n d^2 + 4 n^2 d) for a block on n tokens.
+    """Arithmetic of the blocks, forward and backward, for training images.
 
-    And 12 n d^2 for each long skip of a U-ViT, and for the layer behind `model.fuse`.
+    3 ((8 + 4 r) n d^2 + 4 n^2 d) for a block on n tokens, r the MLP's ratio, a U-ViT's tokens of time and class among them; 36 d^2 for a
+    DiT's modulation of a sequence; 12 n d^2 for each long skip of a U-ViT, and for the layer behind `model.fuse`.
     """
-    tokens, width = _tokens(config, mask), config.model.width
-    joined = tokens[config.blocks // 2 + 1 :] if isinstance(config.model, UViTConfig) else []
-    joined = [*joined, tokens[-1]] if config.model.fuse else joined
-    return 3.0 * images * (_blocks(config, mask) + num_sequences(mask) * 4 * sum(joined) * width**2)
+    model = config.model
+    tokens, width = _tokens(config, mask), model.width
+    match model:
+        case UViTConfig():
+            tokens = [n + 1 + config.data.conditional for n in tokens]
+            joined, per_token, per_sequence = tokens[config.blocks // 2 + 1 :], (8 + 4 * model.mlp_ratio) * width**2, 0
+        case DiTConfig():
+            joined, per_token, per_sequence = [], 8 * width**2 + 6 * width * model.hidden, 12 * width**2
+    joined = [*joined, tokens[-1]] if model.fuse else joined
+    each = sum(n * per_token + 4 * n**2 * width + per_sequence for n in tokens) + 4 * sum(joined) * width**2
+    return 3.0 * images * num_sequences(mask) * each
 
 
 def _blocks(config: Config, mask: Mask) -> float:
@@ -91,8 +100,9 @@ def plan_lines(config: Config, machine: Machine) -> list[str]:
     tokens = config.grid[0] * config.grid[1]
     patches = f"{tokens} patches" + (" of two tokens" if config.model.sets == 2 else "")
     for stage in config.stages:
-        kept = num_kept(stage.mask, config.grid)
-        hidden = f"mask {describe_mask(stage.mask)}: hides {hidden_rate(stage.mask, config.grid):.1%}, learns from {kept} of {patches}, "
+        hides = f"hides {hidden_rate(stage.mask, config.grid):.1%}, learns from {num_kept(stage.mask, config.grid)} of {patches}, "
+        all_of_them = f"learns from all {patches}, "
+        hidden = f"mask {describe_mask(stage.mask)}: {all_of_them if isinstance(stage.mask, ViewsMask | RouteMask) else hides}"
         speed = f"ideally {ideal_speedup(config, stage.mask):.1f}x the speed, "
         what = f"whole images ({patches}), " if isinstance(stage.mask, NoMask) else hidden + speed
         lines.append(f"stage {stage.name}: {what}{describe_budget(stage.budget)}, batch {stage.batch}, lr {stage.lr:g}")

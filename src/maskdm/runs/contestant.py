@@ -1,0 +1,120 @@
+"""One arm of a comparison under one seed: trained a turn at a time, and on disk between its turns."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from maskdm.config import Config
+from maskdm.data import Dataset, Loader
+from maskdm.draws import derive
+from maskdm.engine import Machine, Trainer, checkpoint
+from maskdm.errors import UserError
+from maskdm.models import build
+from maskdm.recipes.arms import Arm
+from maskdm.runs.compare_results import Record
+from maskdm.runs.directory import write_text
+from maskdm.runs.display import Display
+from maskdm.runs.plan import flops, stage_records
+from maskdm.runs.train import initialize
+
+
+@dataclass(frozen=True)
+class Field:
+    """What all contestants share: images, the rows trained on, the machine."""
+
+    dataset: Dataset
+    rows: NDArray[np.int64]
+    machine: Machine
+    display: Display
+
+
+class Contestant:
+    """An arm under a seed. What has been measured of it stands in `records` and `final`; its trainer is there inside `training` alone.
+
+    So memory holds one trainer at a time, however many contestants there are, and none is computed in more pieces for another's sake.
+    """
+
+    def __init__(self, arm: Arm, config: Config, folder: Path, field: Field) -> None:
+        self.arm, self.config, self.folder, self.field = arm, config, folder / f"seed-{config.seed}", field
+        self.records: list[Record] = []
+        self.step = 0
+        self.final: dict[str, Any] | None = None
+        found = checkpoint.names(self.folder)
+        if found:
+            numbers = checkpoint.numbers(self.folder / found[-1])
+            self.records, self.step = numbers["records"], numbers["progress"]["step"]
+            self.final = _read(self.folder / "final.json")
+            if self.final is not None and self.final["step"] != self.step:
+                self.final = None  # of a checkpoint that is gone
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a measured loss is not a number."""
+        return any(not math.isfinite(record["loss"]) for record in self.records)
+
+    @contextmanager
+    def training(self, rehearse: bool = True) -> Generator[Trainer]:
+        """Its trainer, where it stood. With `rehearse` what a process's first steps cost is paid before the clock runs."""
+        classes = list(self.field.dataset.class_names) if self.config.data.conditional else []
+        torch.manual_seed(derive("weights", self.config.seed))
+        model = build(self.config.model, self.config.data, len(classes))
+        found = checkpoint.names(self.folder)
+        if not found:
+            initialize(self.config, model, classes, self.field.display)
+        loader = Loader(self.field.dataset, self.field.rows, self.config.seed)
+        trainer = Trainer(self.config, loader, model, self.field.machine.device, self.field.machine.precision)
+        if found:
+            saved = checkpoint.load(self.folder / found[-1])
+            trainer.restore(saved.tensors, saved.numbers)
+        if rehearse:
+            trainer.rehearse()
+        yield trainer
+
+    def spent(self, trainer: Trainer) -> Record:
+        """Seconds, steps, images and FLOPs so far, and the pieces that batches are computed in."""
+        progress, stages = trainer.progress, self.config.stages
+        work = sum(flops(self.config, stage.mask, done.images) for stage, done in zip(stages, progress.stages, strict=True))
+        pieces = max(done.pieces for done in progress.stages)
+        return {"seconds": progress.seconds, "steps": progress.step, "images": progress.images, "flops": work, "pieces": pieces}
+
+    def advance(self, trainer: Trainer, unit: str, until: float, stop: list[str]) -> bool:
+        """Train until so much has been spent, or all stages have ended, or `stop` holds something; True unless stopped."""
+        steps = trainer.run()
+        while self.spent(trainer)[unit] < until and not stop:
+            if next(steps, None) is None:
+                return True
+        if trainer.progress.stage < len(self.config.stages):
+            trainer.settle()
+        return not stop
+
+    def save(self, trainer: Trainer) -> None:
+        """Keep the trainer and the records."""
+        numbers = {**trainer.numbers(), "records": self.records}
+        checkpoint.save(self.folder, f"step-{trainer.progress.step:08}", trainer.tensors(), numbers)
+        checkpoint.rotate(self.folder, 1)
+        self.step = trainer.progress.step
+
+    def conclude(self, trainer: Trainer, measures: dict[str, Any], asked: dict[str, Any]) -> None:
+        """Keep the final measures, what was `asked` for and what each stage did."""
+        self.final = {**measures, "asked": asked, "step": self.step, "stages": stage_records(self.config, trainer.progress)}
+        write_text(self.folder / "final.json", json.dumps(self.final, indent=1))
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found if {"step", "asked", "stages"} <= set(found) else None
+    except (OSError, ValueError):
+        raise UserError(f"{file} cannot be read; delete it, and it is measured again") from None
