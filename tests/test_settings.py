@@ -78,7 +78,7 @@ def test_whole_values_of_unions() -> None:
         ([("target", "epss")], r"one of eps, x0, v; did you mean eps\?"),
         ([("image-size", "33")], r"image_size 33 is not a multiple of patch 2; use --image-size 32"),
         ([("image-size", "big")], r"data\.image_size is 'big'"),
-        ([("pretrain.mask", "squares")], r"stages\.pretrain\.mask is 'squares'; give one of block, crop, defer, none, patch, route, views"),
+        ([("pretrain.mask", "squares")], r"stages\.pretrain\.mask is 'squares'; give one of block, crop, decode, defer"),
         ([("pretrain.mask", "crop")], r"mask\.size 11 is larger than the grid of 4 x 4"),
         ([("pretrain.mask", "{kind: block, ratio: 0.5, size: 3}")], r"does not divide the grid"),
         ([("pretrain.mask", "{kind: patch, size: 3}")], r"unknown setting 'stages\.pretrain\.mask\.size'"),

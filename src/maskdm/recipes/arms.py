@@ -210,6 +210,5 @@ def _mask(text: str, family: str, rate: str, base: Config) -> Mask:
         return BlockMask(hidden, int(family[5:]))
     if family.startswith("crop") and family[4:].isdigit() and not rate:
         return CropMask(int(family[4:]))
-    raise UserError(
-        f"--arms '{text}': '{family}{rate and '-' + rate}' is no mask{nearest(family, list(NAMES))}; give {', '.join(NAMES[:-1])} or {NAMES[-1]}"
-    )
+    given = f"{family}-{rate}" if rate else family
+    raise UserError(f"--arms '{text}': '{given}' is no mask{nearest(family, list(NAMES))}; give {', '.join(NAMES[:-1])} or {NAMES[-1]}")
