@@ -23,6 +23,7 @@ from maskdm.config import (
     Model,
     NoMask,
     PatchMask,
+    ReduceMask,
     RouteMask,
     Stage,
     UViTConfig,
@@ -41,7 +42,7 @@ from maskdm.runs.plan import describe_mask, flops, ideal_speedup, tokens_per_ima
 
 MODELS: tuple[Model, ...] = (DiTConfig(32, 6, 2, 2), UViTConfig(32, 7, 2, 2))
 FAMILIES: tuple[Mask, ...] = (
-    *(PatchMask(0.75), ViewsMask(4), RouteMask(0.5, 2), RouteMask(0.75, 2, True), DeferMask(0.75, 2), DecodeMask(0.5, 2)),
+    *(PatchMask(0.75), ViewsMask(4), RouteMask(0.5, 2), RouteMask(0.75, 2, True), DeferMask(0.75, 2), DecodeMask(0.5, 2), ReduceMask(2)),
 )
 both = pytest.mark.parametrize("model", MODELS)
 
@@ -192,6 +193,24 @@ def test_what_is_spread_leaves_as_many_of_all_neighbours() -> None:
         assert (neighbours == each).all() and (seen.mean(dim=0) > each / 4 - 0.25).all() and (seen.mean(dim=0) < each / 4 + 0.25).all()
 
 
+@both
+def test_reduced_images_have_patches_in_the_middle_of_what_they_cover(model: Model) -> None:
+    settings, found = config(model, ReduceMask(2)), network(model).eval()
+    images = torch.from_numpy(dataset().images[:4].transpose(0, 3, 1, 2).copy())
+    draws = draw_step(settings, ReduceMask(2), 0, 0, 0, 4, 4, torch.device("cpu"))
+    assert draws.noise.shape == (4, 16, 4) and draws.reduced == 2
+    loss = masked_denoising_loss(found, settings.diffusion, images, None, draws)
+    x0 = patchify(torch.nn.functional.avg_pool2d(to_model_range(flip(images, draws.flip)), 2), 2)
+    noised = add_noise(settings.diffusion, x0, draws.noise, draws.t)
+    output = found(noised.x_t, draws.t, None, reduced=2).sample
+    torch.testing.assert_close(loss.errors, (output - noised.target).square().mean(dim=(1, 2)))
+    table = torch.arange(64.0)[:, None] + torch.tensor([0.0, 100.0])
+    assert found._pooled(table, 2)[0].tolist() == [4.5, 104.5] and found._pooled(table, 2).shape == (16, 2)
+    assert torch.equal(found._pooled(table, 1), table)
+    order = torch.randperm(16)
+    assert not torch.allclose(found(noised.x_t[:, order], draws.t, None, reduced=2).sample, output[:, order], atol=1e-3)
+
+
 def test_views_are_disjoint_and_hold_all_patches() -> None:
     kept = draw(ViewsMask(4), 8, (8, 8), torch.Generator().manual_seed(0))
     assert kept is not None and kept.shape == (8, 16)
@@ -254,7 +273,7 @@ def test_ideal_speed_ups_follow_from_the_blocks() -> None:
     route = (n * (6 * d + n) * 6) / (n * (6 * d + n) * 4 + n / 2 * (6 * d + n / 2) * 2)
     assert ideal_speedup(settings, RouteMask(0.5, 2)) == pytest.approx(route)
     assert ideal_speedup(settings, ViewsMask(4)) == pytest.approx((6 * d + n) / (6 * d + n / 4))
-    assert [tokens_per_image(settings, mask) for mask in FAMILIES] == [16, 64, 64, 64, 64, 32]
+    assert [tokens_per_image(settings, mask) for mask in FAMILIES] == [16, 64, 64, 64, 64, 32, 16]
     assert len({describe_mask(mask) for mask in FAMILIES}) == len(FAMILIES)
 
 
@@ -274,6 +293,8 @@ def test_masks_that_cannot_be_are_named(mask: Mask, fuse: int, message: str) -> 
         config(DiTConfig(32, 6, 2, 2, fuse=fuse), mask).check()
     with pytest.raises(UserError, match="odd grid"):
         replace(config(DiTConfig(32, 6, 2, 2), RouteMask(0.5, 2, True)), data=Data("made up", (18, 16), channels=1)).check()
+    with pytest.raises(UserError, match="factor 3 does not divide the grid of 8 x 8"):
+        config(DiTConfig(32, 6, 2, 2), ReduceMask(3)).check()
     with pytest.raises(UserError, match="leaves no other block"):
         config(DiTConfig(32, 6, 2, 2, mask_token=True), DecodeMask(0.5, 6)).check()
 

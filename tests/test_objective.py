@@ -79,7 +79,7 @@ class PerPatch(Denoiser):
         self._set_geometry(8, 2, 0)
         self.scale = nn.Parameter(torch.linspace(-1, 1, 16))
 
-    def denoise(self, patches: Tensor, t: Tensor, labels: Tensor | None, kept: Tensor | None, route: object = None) -> Tensor:
+    def denoise(self, patches: Tensor, t: Tensor, labels: Tensor | None, kept: Tensor | None, *_: object) -> Tensor:
         scale = self.scale.expand(len(patches), -1) if kept is None else self.scale[kept]
         return patches * scale[..., None]
 

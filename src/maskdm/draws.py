@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskdm.config import Config, Mask
 from maskdm.diffusion import Times, draw_times
-from maskdm.masking import Kept, Route, draw, draw_route, num_entering, num_sequences
+from maskdm.masking import Kept, Route, draw, draw_route, num_entering, num_sequences, reduction
 
 ROWS = 8
 """Samples that share one generator: few enough to slice a batch anywhere without much waste, enough to draw quickly."""
@@ -23,7 +23,10 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class Draws:
-    """Times [batch], patches that enter, what inner blocks take of them, noise [batch, entering, features], dropped labels, mirroring."""
+    """Times [batch], patches that enter, what inner blocks take of them, noise [batch, entering, features], dropped labels, mirroring.
+
+    And how many times less wide and high the images are.
+    """
 
     t: Times
     kept: Kept | None
@@ -31,6 +34,7 @@ class Draws:
     noise: Float[Tensor, "batch kept features"]
     drop: Bool[Tensor, " batch"]
     flip: Bool[Tensor, " batch"]
+    reduced: int = 1
 
 
 def derive(*parts: int | str) -> int:
@@ -87,4 +91,5 @@ def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, coun
         noise=torch.cat(noises)[here],
         drop=uniform[:, 1] < config.diffusion.label_drop,
         flip=_of_images(uniform[:, 2], num_sequences(mask)) < config.data.flip,
+        reduced=reduction(mask),
     )

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int, Num
 from torch import Tensor
 
-from maskdm.config import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
+from maskdm.config import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, ReduceMask, RouteMask, ViewsMask
 
 Grid = tuple[int, int]
 Kept = Int[Tensor, "batch kept"]
@@ -49,11 +49,18 @@ def num_kept(mask: Mask, grid: Grid) -> int:
             return size**2
         case ViewsMask(groups=groups):
             return total // groups
+        case ReduceMask(factor=factor):
+            return total // factor**2
 
 
 def num_entering(mask: Mask, grid: Grid) -> int:
     """Patches of a sequence that are noised and embedded."""
     return grid[0] * grid[1] if isinstance(mask, RouteMask | DeferMask | DecodeMask) else num_kept(mask, grid)
+
+
+def reduction(mask: Mask) -> int:
+    """How many times less wide and high images are."""
+    return mask.factor if isinstance(mask, ReduceMask) else 1
 
 
 def num_sequences(mask: Mask) -> int:
@@ -90,7 +97,7 @@ def draw(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -> Kept
     if kept == grid[0] * grid[1]:
         return None
     match mask:
-        case NoMask() | RouteMask() | DeferMask() | DecodeMask():
+        case NoMask() | RouteMask() | DeferMask() | DecodeMask() | ReduceMask():
             return None
         case ViewsMask(groups=groups):
             order = _random_order(batch // groups, grid[0] * grid[1], generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
@@ -37,11 +38,15 @@ def masked_denoising_loss(
     Only patches that enter are noised, and the model sees nothing else; the loss is of those that come out. With every patch kept this is
     the ordinary loss.
     """
-    x0 = to_model_range(take(patchify(flip(images, draws.flip), model.patch_size), draws.kept))
+    pixels = flip(images, draws.flip)
+    if draws.reduced > 1:
+        x0 = patchify(F.avg_pool2d(to_model_range(pixels), draws.reduced), model.patch_size)
+    else:
+        x0 = to_model_range(take(patchify(pixels, model.patch_size), draws.kept))
     noised = add_noise(diffusion, x0, draws.noise, draws.t)
     if labels is not None:
         labels = drop_labels(labels, draws.drop, null=model.num_classes)
-    output = model(noised.x_t, draws.t, labels, draws.kept, draws.route).sample
+    output = model(noised.x_t, draws.t, labels, draws.kept, draws.route, reduced=draws.reduced).sample
     output, target, route = output.float(), noised.target, draws.route
     extra = 0.0
     if route is not None and route.reconstruct is not None:

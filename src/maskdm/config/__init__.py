@@ -6,7 +6,7 @@ Values of a closed union (a mask, a model, ...) are their own configuration; the
 
 from __future__ import annotations
 
-from maskdm.config.masks import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
+from maskdm.config.masks import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, ReduceMask, RouteMask, ViewsMask
 from maskdm.config.network import (
     Data,
     Diffusion,
@@ -60,6 +60,7 @@ __all__ = [
     "NoMask",
     "Optimizer",
     "PatchMask",
+    "ReduceMask",
     "RouteMask",
     "Sampling",
     "SchedulerName",

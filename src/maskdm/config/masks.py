@@ -110,4 +110,15 @@ class DecodeMask:
         require(self.weight >= 0, f"mask.weight is {self.weight}; give 0 or more")
 
 
-Mask = NoMask | PatchMask | BlockMask | CropMask | ViewsMask | RouteMask | DeferMask | DecodeMask
+@dataclass(frozen=True)
+class ReduceMask:
+    """Whole images, reduced: what a sceptic would train on first instead (progressive resolution)."""
+
+    kind: ClassVar[str] = "reduce"
+    factor: Annotated[int, "how many times less wide and high the images are; must divide the grid"] = 2
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 2, f"mask.factor is {self.factor}; give 2 or more")
+
+
+Mask = NoMask | PatchMask | BlockMask | CropMask | ViewsMask | RouteMask | DeferMask | DecodeMask | ReduceMask

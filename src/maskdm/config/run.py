@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from maskdm.config.check import require
-from maskdm.config.masks import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
+from maskdm.config.masks import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, ReduceMask, RouteMask, ViewsMask
 from maskdm.config.network import (
     Data,
     Diffusion,
@@ -101,6 +101,10 @@ class Config:
                     raise UserError(f"stages.{stage.name}.mask.edge {edge} leaves no inner block of the {self.blocks}")
                 case DeferMask(mixer=mixer) if mixer >= self.blocks:
                     raise UserError(f"stages.{stage.name}.mask.mixer {mixer} leaves no other block of the {self.blocks}")
+                case ReduceMask(factor=factor) if down % factor or across % factor:
+                    raise UserError(f"stages.{stage.name}.mask.factor {factor} does not divide the grid of {down} x {across} patches")
+                case ReduceMask() if self.model.sets > 1:
+                    raise UserError(f"stages.{stage.name}.mask reduce does not go with model.transform haar")
                 case RouteMask(edge=edge) if self.model.fuse not in (0, edge):
                     raise UserError(f"stages.{stage.name}.mask.edge {edge} is not model.fuse {self.model.fuse}, where the parts are joined")
                 case RouteMask(spread=True) if down % 2 or across % 2:
@@ -126,6 +130,7 @@ SHORTHANDS: dict[str, Mask | Model | UniformWeight | MinSNRWeight | UniformTimes
     "route": RouteMask(),
     "defer": DeferMask(),
     "decode": DecodeMask(),
+    "reduce": ReduceMask(),
     "uvit": UViTConfig(),
     "uvit-s": UViTConfig(width=512, depth=13, heads=8),
     "uvit-b": UViTConfig(width=768, depth=12, heads=12),

@@ -31,7 +31,7 @@ class Stage:
 
     name: Annotated[str, "the stage's name, in logs and on the command line"]
     budget: Annotated[Budget, "how long the stage lasts"]
-    mask: Annotated[Mask, "which patches are seen: none, patch, block, crop, views, route, defer or decode"] = WHOLE
+    mask: Annotated[Mask, "which patches are seen: none, patch, block, crop, views, route, defer, decode or reduce"] = WHOLE
     batch: Annotated[int, "images per optimizer step"] = 128
     accumulate: Annotated[int, "pieces a batch is computed in, to save memory; must divide the batch"] = 1
     lr: Annotated[float, "learning rate after warm-up"] = 2e-4

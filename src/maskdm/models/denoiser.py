@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils import BaseOutput
 from jaxtyping import Float, Int, Num
@@ -94,6 +95,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         kept: Int[Tensor, "batch kept"] | None = None,
         route: Route | None = None,
         return_dict: bool = True,
+        reduced: int = 1,
     ) -> DenoiserOutput | tuple[Tensor]:
         """Predict the target.
 
@@ -101,7 +103,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         `patchify` makes them, then with `kept`, their row-major indices (None: all patches, in order).
         timestep: 0..1000, one for all or [batch]. class_labels: 0..num_classes, where num_classes is the null class,
         which is also what None means; ignored by an unconditional network. route: what the inner blocks work on, in training on
-        all patches. Returns the shape of `sample`, or of the patches that a route did not drop.
+        all patches. reduced: how many times less wide and high than `sample_size` the image is whose patches are given, all in order; each
+        sits in the middle of what it covers. Returns the shape of `sample`, or of the patches that a route did not drop.
         """
         whole = sample.ndim == 4
         patches = patchify(sample, self.patch_size) if whole else sample
@@ -112,15 +115,25 @@ class Denoiser(ModelMixin, ConfigMixin):
             kept = None if kept is None else self._places(kept)
             if route is not None and route.kept is not None:
                 route = replace(route, kept=self._places(route.kept))
-        output = self.denoise(patches, t, class_labels if self.num_classes else None, kept, route)
+        output = self.denoise(patches, t, class_labels if self.num_classes else None, kept, route, reduced)
         output = unpatchify(output, self.patch_size, self.size) if whole else output
         return DenoiserOutput(sample=output) if return_dict else (output,)
 
     def denoise(
-        self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None, route: Route | None = None
+        self,
+        patches: Patches,
+        t: Num[Tensor, " batch"],
+        labels: Tensor | None,
+        kept: Tensor | None,
+        route: Route | None = None,
+        reduced: int = 1,
     ) -> Float[Tensor, "batch out features"]:
         """Predict the target on patches [batch, kept, features]; `kept` and `route` are of tokens."""
         raise NotImplementedError
+
+    def _pooled(self, table: Tensor, factor: int) -> Tensor:
+        """Means [patches / factor^2, width] of a table [patches, width] over squares of neighbours."""
+        return table if factor == 1 else F.avg_pool2d(table.T.unflatten(1, self.grid), factor).flatten(1).T
 
     def _places(self, kept: Kept) -> Int[Tensor, "batch tokens"]:
         """Among all tokens, where those of these patches stand: the sets follow one another."""

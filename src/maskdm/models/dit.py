@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from maskdm.config import Transform, swiglu_width
 from maskdm.masking import Route, span, take
 from maskdm.models.denoiser import Denoiser, SampleSize
-from maskdm.models.layers import Attention, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal
+from maskdm.models.layers import Attention, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal, turned
 from maskdm.models.wavelet import embedding, head
 
 
@@ -94,16 +94,22 @@ class DiT(Denoiser):
             self.fusion.start()
 
     def denoise(
-        self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None, route: Route | None = None
+        self,
+        patches: Patches,
+        t: Num[Tensor, " batch"],
+        labels: Tensor | None,
+        kept: Tensor | None,
+        route: Route | None = None,
+        reduced: int = 1,
     ) -> Float[Tensor, "batch out features"]:
         """As `Denoiser.denoise`."""
-        positions = self.positions if kept is None else self.positions[kept]
+        positions = self._pooled(self.positions, reduced) if kept is None else self.positions[kept]
         x = in_compute_precision(self.patch_embedding(patches) + positions)
         condition = self.time_embedding(sinusoidal(t, 256))
         if self.class_embedding is not None and labels is not None:
             condition = condition + self.class_embedding(labels)
         condition = nn.functional.silu(condition)
-        turn = self.rotary(kept)
+        turn = self.rotary(kept) if reduced == 1 else turned(self._pooled(self.rotary.angles, reduced)[None])
         everything, whole_turn = x, turn
         first, end = span(route, self.fuse, len(self.blocks))
         for number, block in enumerate(self.blocks):

@@ -58,8 +58,12 @@ class RotaryPositions(nn.Module):
 
     def forward(self, kept: Int[Tensor, "batch kept"] | None) -> tuple[Tensor, Tensor]:
         """Cosines and sines [batch or 1, 1, tokens, per_head // 2] of the kept tokens, or of all."""
-        angles = self.angles[None] if kept is None else self.angles[kept]
-        return angles.cos()[:, None], angles.sin()[:, None]
+        return turned(self.angles[None] if kept is None else self.angles[kept])
+
+
+def turned(angles: Float[Tensor, "batch tokens half"]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of angles, for all heads."""
+    return angles.cos()[:, None], angles.sin()[:, None]
 
 
 class _Rotation(torch.autograd.Function):

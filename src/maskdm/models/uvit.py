@@ -85,12 +85,18 @@ class UViT(Denoiser):
         self.patch_embedding.reset_parameters()  # the published code leaves the patch embedding at the framework's default
 
     def denoise(
-        self, patches: Patches, t: Num[Tensor, " batch"], labels: Tensor | None, kept: Tensor | None, route: Route | None = None
+        self,
+        patches: Patches,
+        t: Num[Tensor, " batch"],
+        labels: Tensor | None,
+        kept: Tensor | None,
+        route: Route | None = None,
+        reduced: int = 1,
     ) -> Float[Tensor, "batch out features"]:
         """As `Denoiser.denoise`."""
         x = self.patch_embedding(patches)
         table = self.positions.weight
-        x = x + (table[self.num_extras :] if kept is None else self.positions(kept + self.num_extras))
+        x = x + (self._pooled(table[self.num_extras :], reduced) if kept is None else self.positions(kept + self.num_extras))
         extras = [sinusoidal(t, x.shape[-1])]
         if self.class_embedding is not None and labels is not None:
             extras.insert(0, self.class_embedding(labels))

@@ -18,6 +18,7 @@ from maskdm.config import (
     Model,
     NoMask,
     PatchMask,
+    ReduceMask,
     RouteMask,
     Stage,
     ViewsMask,
@@ -31,7 +32,7 @@ SHARE = 0.5
 HIDDEN = {"block": 0.9, "defer": 0.75, "sprint": 0.75}
 """Shares hidden by families that are given none, as their papers have it; 0.5 by the others."""
 
-NAMES = ("whole", "maskdm", "patch", "block2", "block4", "block8", "views4", "route", "sprint", "defer", "decode", "crop4")
+NAMES = ("whole", "maskdm", "patch", "block2", "block4", "block8", "views4", "route", "sprint", "defer", "decode", "crop4", "reduce2")
 KEYS = ("batch", "lr", "warmup", "decay", "start_from")
 
 
@@ -208,6 +209,8 @@ def _mask(text: str, family: str, rate: str, base: Config) -> Mask:
         return ViewsMask(int(family[5:]))
     if family.startswith("block") and family[5:].isdigit():
         return BlockMask(hidden, int(family[5:]))
+    if family.startswith("reduce") and family[6:].isdigit() and not rate:
+        return ReduceMask(int(family[6:]))
     if family.startswith("crop") and family[4:].isdigit() and not rate:
         return CropMask(int(family[4:]))
     given = f"{family}-{rate}" if rate else family

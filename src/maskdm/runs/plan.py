@@ -15,6 +15,7 @@ from maskdm.config import (
     Mask,
     NoMask,
     PatchMask,
+    ReduceMask,
     RouteMask,
     UViTConfig,
     ViewsMask,
@@ -42,6 +43,8 @@ def describe_mask(mask: Mask) -> str:
             return f"defer, {ratio:.0%} after {mixer} blocks"
         case DecodeMask(ratio=ratio, decoder=decoder):
             return f"decode, {ratio:.0%} until the last {decoder} blocks"
+        case ReduceMask(factor=factor):
+            return f"whole images reduced {factor} times"
 
 
 def describe_budget(budget: Budget) -> str:
@@ -102,6 +105,8 @@ def plan_lines(config: Config, machine: Machine) -> list[str]:
     for stage in config.stages:
         hides = f"hides {hidden_rate(stage.mask, config.grid):.1%}, learns from {num_kept(stage.mask, config.grid)} of {patches}, "
         all_of_them = f"learns from all {patches}, "
+        of_reduced = f"learns from {num_kept(stage.mask, config.grid)} patches, "
+        hides = of_reduced if isinstance(stage.mask, ReduceMask) else hides
         hidden = f"mask {describe_mask(stage.mask)}: {all_of_them if isinstance(stage.mask, ViewsMask | RouteMask) else hides}"
         speed = f"ideally {ideal_speedup(config, stage.mask):.1f}x the speed, "
         what = f"whole images ({patches}), " if isinstance(stage.mask, NoMask) else hidden + speed
