@@ -199,6 +199,7 @@ def test_samples_are_drawn_once_and_a_killed_evaluation_goes_on(run: Path, monke
     assert len(drawn) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["evaluate", str(run), "--num", "520", "--steps", "1", "--seed", "6"]
     found, torchrun = [], ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "maskdm", "--"]
