@@ -17,9 +17,9 @@ import torch
 from benchmarks.ours import OurStep
 from benchmarks.steps import network
 from benchmarks.timing import Arm, interleave, results_directory, write_rows
+from maskdm.arithmetic import ideal_speedup
 from maskdm.config import Hardware, Mask, NoMask, PatchMask
 from maskdm.engine import environment, matrix_ceiling, this_machine
-from maskdm.runs.plan import ideal_speedup
 
 CASES = (("uvit", 768, 12, 64, 256), ("dit", 768, 12, 64, 256), ("dit", 768, 12, 128, 64), ("dit", 384, 12, 64, 512))
 """Network, width, depth, side in pixels, images in a batch of whole ones; patches of 4 pixels."""

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from maskdm.arithmetic import flops
 from maskdm.config import Budget, Config, Data, Diffusion, Ema, Hardware, Mask, Model, Optimizer, Stage
 from maskdm.data import Dataset, Loader
 from maskdm.engine import Trainer, this_machine
 from maskdm.engine.trainer import Precision
 from maskdm.masking import hidden_rate
 from maskdm.models import build
-from maskdm.runs.plan import flops
 
 
 def synthetic(count: int, side: int) -> Dataset:

@@ -83,13 +83,13 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_end(
 ) -> None:
     out, real, left = tmp_path / "cmp", Contestant.advance, 30
 
-    def advance(self: Contestant, trainer: Trainer, unit: str, until: float, stop: list[str]) -> bool:
+    def advance(self: Contestant, trainer: Trainer, unit: str, until: float, stop: list[str], loss: Any) -> bool:
         nonlocal left
         left -= 1
         if left == 0:
-            real(self, trainer, unit, until - 16, stop)  # in the midst of a turn
+            real(self, trainer, unit, until - 16, stop, loss)  # in the midst of a turn
             stop.append("SIGTERM")
-        return real(self, trainer, unit, until, stop)
+        return real(self, trainer, unit, until, stop, loss)
 
     monkeypatch.setattr(Contestant, "advance", advance)
     some = command(out, "--arms", "whole,patch-50@60", seeds=1)
@@ -126,15 +126,15 @@ def test_arms_and_seeds_can_be_added_and_samples_counted_anew(done: tuple[Path, 
 
 def test_budgets_in_seconds_are_spent_alike_whatever_the_clock_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock by which a masked step takes half as long as a whole one; evaluation, saving and rehearsing are not on it."""
-    plain = Trainer._step
+    plain = Trainer.step
 
-    def step(self: Trainer, stage: Stage, done: Any) -> Any:
+    def step(self: Trainer, stage: Stage, done: Any, budget: Any) -> Any:
         before = done.seconds
-        result = plain(self, stage, done)
+        result = plain(self, stage, done, budget)
         done.seconds = before + (1.0 if isinstance(stage.mask, NoMask) else 0.5)
         return replace(result, seconds=self.progress.seconds)
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(_Judge, "measure", lambda *_: {})
     out = tmp_path / "cmp"
     assert run_command(["compare", "digits", "--recipe", "digits", "--budget", "40s", "--seeds", "1", "--out", str(out), *SMALL]) == 0

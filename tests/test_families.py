@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskdm.arithmetic import flops, ideal_speedup, tokens_per_image
 from maskdm.config import (
     Budget,
     Config,
@@ -38,7 +39,7 @@ from maskdm.errors import UserError
 from maskdm.masking import Route, draw, draw_route, put_back, take, tokens_of_blocks
 from maskdm.models import Denoiser, build, patchify
 from maskdm.objective import masked_denoising_loss
-from maskdm.runs.plan import describe_mask, flops, ideal_speedup, tokens_per_image
+from maskdm.runs.plan import describe_mask
 
 MODELS: tuple[Model, ...] = (DiTConfig(32, 6, 2, 2), UViTConfig(32, 7, 2, 2))
 FAMILIES: tuple[Mask, ...] = (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskdm.arithmetic import flops, ideal_speedup, tokens_per_image
 from maskdm.config import (
     BlockMask,
     Budget,
@@ -34,7 +35,7 @@ from maskdm.engine import Trainer, this_machine, transfer
 from maskdm.errors import UserError
 from maskdm.masking import Route, draw, take, tokens_of_blocks
 from maskdm.models import Denoiser, build, haar, inverse_haar, patchify
-from maskdm.runs.plan import flops, ideal_speedup, plan_lines, tokens_per_image
+from maskdm.runs.plan import plan_lines
 
 MODELS: tuple[Model, ...] = (DiTConfig(32, 6, 2, 2, transform="haar"), UViTConfig(32, 7, 2, 2, transform="haar"))
 both = pytest.mark.parametrize("model", MODELS)

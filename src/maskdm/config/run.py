@@ -71,6 +71,22 @@ class Config:
         blind = self.evaluation.measure == "heldout-loss" and self.data.heldout == 0
         require(not blind, "evaluation.patience goes by the held-out loss, and data.heldout is 0; hold some images out, or leave it out")
 
+    def _check_auto(self) -> None:
+        """A stage that ends by evidence needs a whole-image stage to compare with and images to measure on."""
+        for stage, following in zip(self.stages, (*self.stages[1:], None), strict=True):
+            if not stage.budget.auto:
+                continue
+            where = f"stages.{stage.name}.budget.auto"
+            if following is None or not isinstance(following.mask, NoMask) or isinstance(stage.mask, NoMask):
+                raise UserError(f"{where} is for a masked stage before one on whole images")
+            ours, theirs = (
+                [name for name in ("steps", "images", "minutes") if getattr(each.budget, name) is not None] for each in (stage, following)
+            )
+            if ours != theirs:
+                limits = f"{stage.name} is limited by {', '.join(ours)} and {following.name} by {', '.join(theirs)}"
+                raise UserError(f"{where}: {limits}; limit both by the same")
+            require(self.data.heldout > 0, f"{where} goes by the held-out loss, and data.heldout is 0; hold some images out")
+
     def check(self) -> None:
         """What no part can check alone: that patches divide the image and masks the grid. Raises UserError."""
         height, width = self.data.image_size
@@ -82,6 +98,7 @@ class Config:
             patch = f"patch {unit}" if self.model.sets == 1 else f"{unit}, patch {self.model.patch} at half the size (transform haar)"
             raise UserError(f"image_size {size} is not a multiple of {patch}; use --image-size {fitting} or another --patch")
         self._check_patience()
+        self._check_auto()
         down, across = self.grid
         for stage in self.stages:
             match stage.mask:

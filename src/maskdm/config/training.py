@@ -18,6 +18,7 @@ class Budget:
     steps: Annotated[int | None, "optimizer steps"] = None
     images: Annotated[int | None, "training images seen, repetitions counted"] = None
     minutes: Annotated[float | None, "minutes of training, evaluation and saving not counted"] = None
+    auto: Annotated[bool, "end sooner, when short probes say that whole images bring more; what is left goes to the next stage"] = False
 
     def __post_init__(self) -> None:
         limits = [v for v in (self.steps, self.images, self.minutes) if v is not None]

@@ -15,6 +15,7 @@ from maskdm.engine.hardware import (
 from maskdm.engine.memory import available_memory, peak_memory, reset_peak_memory
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.ranks import Ranks, join_ranks
+from maskdm.engine.switch import Probe, Switch
 from maskdm.engine.trainer import Precision, Progress, StageProgress, Step, Trainer, autocast, more_pieces
 from maskdm.engine.weights import Transfer, transfer
 
@@ -24,10 +25,12 @@ __all__ = [
     "Machine",
     "PowerAverages",
     "Precision",
+    "Probe",
     "Progress",
     "Ranks",
     "StageProgress",
     "Step",
+    "Switch",
     "Trainer",
     "Transfer",
     "autocast",

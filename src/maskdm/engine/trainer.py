@@ -11,15 +11,16 @@ import contextlib
 import copy
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from maskdm.config import Budget, Config, Stage
+from maskdm.arithmetic import flops
+from maskdm.config import Budget, Config, Mask, Stage
 from maskdm.data import Feed, Loader
 from maskdm.draws import derive, draw_step
 from maskdm.engine.hardware import out_of_memory, synchronize
@@ -46,10 +47,19 @@ class StageProgress:
     terms: dict[str, Any] | None = None
     pieces: int = 0
     asked: int = 0
+    probes: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+
+    def probed(self, what: Literal["steps", "images", "seconds"]) -> float:
+        """What probes have spent of the stage's budget, in its own steps and images (`switch`)."""
+        return float(sum(probe[what] for probe in self.probes))
 
     def share(self, budget: Budget) -> float:
         """Part of the budget used up, 0..1: that of the limit nearest to its end."""
-        used = ((self.steps, budget.steps), (self.images, budget.images), (self.seconds / 60, budget.minutes))
+        used = (
+            (self.steps + self.probed("steps"), budget.steps),
+            (self.images + self.probed("images"), budget.images),
+            ((self.seconds + self.probed("seconds")) / 60, budget.minutes),
+        )
         return min(1.0, max(done / limit for done, limit in used if limit is not None))
 
     def course(self, budget: Budget) -> float:
@@ -70,7 +80,7 @@ class Progress:
     @property
     def seconds(self) -> float:
         """Seconds of training so far; evaluation, sampling and saving are not counted."""
-        return sum(stage.seconds for stage in self.stages)
+        return sum(stage.seconds + stage.probed("seconds") for stage in self.stages)
 
 
 @dataclass(frozen=True)
@@ -150,13 +160,23 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(numbers["scaler"])
 
+    @contextlib.contextmanager
+    def apart(self, stage: Stage | None = None) -> Generator[None]:
+        """What is done inside is forgotten. With `stage` it is begun, as after the one at hand."""
+        tensors = {file: {name: value.clone() for name, value in group.items()} for file, group in self.tensors().items()}
+        numbers, progress = copy.deepcopy(self.numbers()), self.progress
+        self.progress = copy.deepcopy(progress)
+        if stage is not None:
+            self._enter(stage)
+        yield
+        self.restore(tensors, numbers)
+        self.progress = progress  # the very one: the loop holds on to its stage
+
     def rehearse(self) -> None:
         """Run a step of every stage that is left and forget it: what the first steps of a process cost beside is then paid."""
-        tensors = {file: {name: value.clone() for name, value in group.items()} for file, group in self.tensors().items()}
-        numbers = copy.deepcopy(self.numbers())
-        for stage in self.config.stages[self.progress.stage :]:
-            self._step(stage, StageProgress())
-        self.restore(tensors, numbers)
+        with self.apart():
+            for stage in self.config.stages[self.progress.stage :]:
+                self.step(stage, StageProgress(), stage.budget)
 
     # --- the loop ---
 
@@ -167,9 +187,25 @@ class Trainer:
             done = self.progress.stages[self.progress.stage]
             if done.steps == 0:
                 self._enter(stage)
-            while done.share(stage.budget) < 1 and not done.ended:
-                yield self._step(stage, done)
+            budget = self.budget(self.progress.stage)
+            while done.share(budget) < 1 and not done.ended:
+                yield self.step(stage, done, budget)
             self.progress.stage += 1
+
+    def budget(self, number: int) -> Budget:
+        """A stage's budget, with what the one before has left, where that was to end by evidence; worth as much arithmetic."""
+        stage, before = self.config.stages[number], self.config.stages[max(0, number - 1)]
+        if number == 0 or not before.budget.auto:
+            return stage.budget
+        left = 1 - self.progress.stages[number - 1].share(before.budget)
+        images = left * cost_ratio(self.config, before.mask, stage.mask)
+        steps, limit = images * before.batch / stage.batch, stage.budget
+        return replace(
+            limit,
+            steps=limit.steps and round(limit.steps + steps * (before.budget.steps or 0)),
+            images=limit.images and round(limit.images + images * (before.budget.images or 0)),
+            minutes=limit.minutes and limit.minutes + left * (before.budget.minutes or 0.0),
+        )
 
     def end_stage(self) -> None:
         """End the stage at the step just yielded, whatever is left of its budget."""
@@ -197,10 +233,11 @@ class Trainer:
         self.powers.restart(self.progress.step)
         self.optimizer = make_optimizer(self.model, self.config.optimizer, stage.lr)
 
-    def _step(self, stage: Stage, done: StageProgress) -> Step:
+    def step(self, stage: Stage, done: StageProgress, budget: Budget) -> Step:
+        """One optimizer step of a stage that has done so much of a budget."""
         started = time.perf_counter()
         number = self.progress.step
-        lr = learning_rate(stage, done.steps, done.course(stage.budget))
+        lr = learning_rate(stage, done.steps, done.course(budget))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = self._gradients(stage, done, number)
@@ -222,7 +259,7 @@ class Trainer:
         self.progress.images += stage.batch
         self._stay_near()
         done.seconds += time.perf_counter() - started
-        share = done.share(stage.budget)
+        share = done.share(budget)
         return Step(
             number=self.progress.step,
             stage=stage,
@@ -290,6 +327,11 @@ class Trainer:
             total = loss.total * (count / stage.batch)
             self.scaler.scale(total).backward()
         return total.detach()
+
+
+def cost_ratio(config: Config, mask: Mask, other: Mask) -> float:
+    """Arithmetic of an image under a mask over that under another."""
+    return flops(config, mask, 1) / flops(config, other, 1)
 
 
 def more_pieces(batch: int, pieces: int) -> int:

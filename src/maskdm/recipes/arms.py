@@ -26,6 +26,9 @@ from maskdm.config import (
 from maskdm.errors import UserError, nearest
 from maskdm.settings import to_plain
 
+AUTO = 0.8
+"""Of the budget, for a masked stage that ends by evidence (`@auto`), at most."""
+
 SHARE = 0.5
 """Of the budget, for a masked stage that names none."""
 
@@ -49,14 +52,17 @@ class Arm:
 
     def config(self, base: Config, seed: int, budget: Callable[[Stage, float], Budget]) -> Config:
         """The run of a seed; `budget` makes a stage's from its share."""
-        stages = tuple(replace(stage, budget=budget(stage, share)) for stage, share in zip(self.stages, self.shares, strict=True))
+        stages = tuple(
+            replace(stage, budget=replace(budget(stage, share), auto=stage.budget.auto))
+            for stage, share in zip(self.stages, self.shares, strict=True)
+        )
         init = None if self.init is None else self.init.replace("{seed}", str(seed))
         return replace(base, model=self.model, stages=stages, seed=seed, init=init)
 
     def describe(self) -> str:
         """Its stages in words."""
         words = [
-            f"{stage.name.partition('-')[2]} for {share:.0%}, batch {stage.batch}, lr {stage.lr:g}"
+            f"{stage.name.partition('-')[2]} for {'at most ' if stage.budget.auto else ''}{share:.0%}, batch {stage.batch}, lr {stage.lr:g}"
             for stage, share in zip(self.stages, self.shares, strict=True)
         ]
         return "; ".join(words) + (f"; from {self.init}" if self.init else "")
@@ -140,7 +146,8 @@ def _stage(text: str, part: str, base: Config) -> tuple[Stage, float | None]:
     family, _, rate_text = head.partition("-")
     masked = rates_of(base)
     whole = next((stage for stage in reversed(base.stages) if isinstance(stage.mask, NoMask)), base.stages[-1])
-    share = None if not share_text else _number(text, share_text, "share") / 100
+    by_evidence = share_text == "auto"
+    share = None if not share_text else AUTO if by_evidence else _number(text, share_text, "share") / 100
     if family == "maskdm" and (rate_text or isinstance(masked.mask, NoMask)):
         raise UserError(f"--arms '{text}': maskdm takes the mask of the recipe's masked stage; name a mask, such as patch-50")
     mask = masked.mask if family == "maskdm" else _mask(text, family, rate_text, base)
@@ -148,7 +155,7 @@ def _stage(text: str, part: str, base: Config) -> tuple[Stage, float | None]:
     like = whole if of_whole else masked
     stage = Stage(
         family if of_whole or family == "maskdm" else f"{family}-{rate_text}".rstrip("-").replace(".", "_"),
-        Budget(minutes=1.0),
+        Budget(minutes=1.0, auto=by_evidence),
         mask,
         batch=like.batch,
         accumulate=like.accumulate,

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import maskdm
+from maskdm.arithmetic import flops
 from maskdm.config import Budget, Config, Stage
 from maskdm.data import Dataset
 from maskdm.engine import Machine, Ranks, Trainer, autocast, environment
@@ -25,7 +26,6 @@ from maskdm.runs.contestant import Contestant, Field
 from maskdm.runs.directory import write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
-from maskdm.runs.plan import flops
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
 from maskdm.runs.sample import draw_images
 from maskdm.runs.sets import CLASSES, images_and_labels, natural_labels, sets_of
@@ -202,7 +202,7 @@ def _train(contestants: list[Contestant], cost: Cost, ruler: _Ruler, stop: list[
                     each.records.append(each.records[-1] | {"slice": number})
                     continue
                 with each.training() as trainer:
-                    going = each.advance(trainer, cost.unit, (number + 1) / SLICES * cost.amount, stop)
+                    going = each.advance(trainer, cost.unit, (number + 1) / SLICES * cost.amount, stop, ruler.loss)
                     if going:
                         each.records.append(each.spent(trainer) | ruler.measure(trainer) | {"slice": number})
                     each.save(trainer)
@@ -230,6 +230,10 @@ class _Ruler:
         self.count = min(MEASURED, len(heldout))
         some = heldout[np.linspace(0, len(heldout) - 1, self.count).astype(np.int64)]
         self._pixels, self._labels = images_and_labels(base, dataset, some, machine.device)
+
+    def loss(self, trainer: Trainer) -> float:
+        """The loss of the averaged weights."""
+        return self.measure(trainer)["loss"]
 
     def measure(self, trainer: Trainer) -> Record:
         """The loss of the averaged weights, and by noise level."""

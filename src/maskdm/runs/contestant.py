@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from maskdm.arithmetic import flops
 from maskdm.config import Config
 from maskdm.data import Dataset, Loader
 from maskdm.draws import derive
-from maskdm.engine import Machine, Trainer, checkpoint
+from maskdm.engine import Machine, Switch, Trainer, checkpoint
 from maskdm.errors import UserError
 from maskdm.models import build
 from maskdm.recipes.arms import Arm
 from maskdm.runs.compare_results import Record
 from maskdm.runs.directory import write_text
 from maskdm.runs.display import Display
-from maskdm.runs.plan import flops, stage_records
+from maskdm.runs.plan import stage_records
 from maskdm.runs.train import initialize
 
 
@@ -83,16 +84,21 @@ class Contestant:
     def spent(self, trainer: Trainer) -> Record:
         """Seconds, steps, images and FLOPs so far, and the pieces that batches are computed in."""
         progress, stages = trainer.progress, self.config.stages
-        work = sum(flops(self.config, stage.mask, done.images) for stage, done in zip(stages, progress.stages, strict=True))
+        images = [done.images + done.probed("images") for done in progress.stages]
+        work = sum(flops(self.config, stage.mask, number) for stage, number in zip(stages, images, strict=True))
         pieces = max(done.pieces for done in progress.stages)
-        return {"seconds": progress.seconds, "steps": progress.step, "images": progress.images, "flops": work, "pieces": pieces}
+        return {"seconds": progress.seconds, "steps": progress.step, "images": sum(images), "flops": work, "pieces": pieces}
 
-    def advance(self, trainer: Trainer, unit: str, until: float, stop: list[str]) -> bool:
-        """Train until so much has been spent, or all stages have ended, or `stop` holds something; True unless stopped."""
-        steps = trainer.run()
+    def advance(self, trainer: Trainer, unit: str, until: float, stop: list[str], loss: Callable[[Trainer], float]) -> bool:
+        """Train until so much has been spent, or all stages have ended, or `stop` holds something; True unless stopped.
+
+        `loss` is the held-out one, by which stages end whose budget is `auto`.
+        """
+        steps, switch = trainer.run(), Switch(trainer, lambda: loss(trainer))
         while self.spent(trainer)[unit] < until and not stop:
             if next(steps, None) is None:
                 return True
+            switch.after()
         if trainer.progress.stage < len(self.config.stages):
             trainer.settle()
         return not stop

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from maskdm.arithmetic import flops, ideal_speedup
 from maskdm.config import Budget, Config, Ema, NoMask, Stage
 from maskdm.data import Dataset, Loader
 from maskdm.engine import (
@@ -30,7 +31,7 @@ from maskdm.masking import num_kept
 from maskdm.models import build
 from maskdm.runs.display import Display
 from maskdm.runs.observe import GRID_COLUMNS, GRID_ROWS, STRIP_ROWS
-from maskdm.runs.plan import describe_mask, flops, ideal_speedup, plan_lines
+from maskdm.runs.plan import describe_mask, plan_lines
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
 from maskdm.runs.train import prepare_data, set_up_torch
 from maskdm.runs.watch import MEASURED

@@ -11,16 +11,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from maskdm.arithmetic import flops, tokens_per_image
 from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
 from maskdm.draws import ROWS, derive
-from maskdm.engine import Step, Trainer, autocast, matrix_ceiling, peak_memory, reset_peak_memory, snapshots
+from maskdm.engine import Step, Switch, Trainer, autocast, matrix_ceiling, peak_memory, reset_peak_memory, snapshots
 from maskdm.masking import draw, num_sequences
 from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
-from maskdm.runs.plan import flops, stage_records, tokens_per_image
+from maskdm.runs.plan import stage_records
 from maskdm.runs.sample import draw_images
 from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
@@ -60,6 +61,7 @@ class Observer:
         self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
         self.trackers = Trackers(config.tracking, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
         self.trackers.text("config", to_yaml(config), trainer.progress.step)
+        self.switch = Switch(trainer, self.watch.loss)
         self._losses = torch.zeros((), device=trainer.device)
         self._count = 0
         self._saved = -1
@@ -85,7 +87,7 @@ class Observer:
         if progress.stage < len(progress.stages):
             self._speed = (progress.stages[progress.stage].images, progress.seconds)
             self._pieces = progress.stages[progress.stage].pieces
-            self._snapshots = self._due(progress.stages[progress.stage].share(self.config.stages[progress.stage].budget))
+            self._snapshots = self._due(progress.stages[progress.stage].share(self.trainer.budget(progress.stage)))
 
     # --- each step ---
 
@@ -107,7 +109,7 @@ class Observer:
         if step.number % every.log == 0 or step.ends_stage or step.stage_step == 1:
             self.trainer.settle()
             self._log(step, bar)
-        ends = step.ends_stage
+        ends = step.ends_stage or self._probe(step)
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
             self.trackers.scalars(self.watch.evaluate(step), step.number)
             self.trackers.histograms(lambda: network_histograms(self.trainer.model, self.trainer.optimizer), step.number)
@@ -123,6 +125,16 @@ class Observer:
             self._snapshot(step)
         if step.number % every.save == 0 or ends or grew:  # a resumed run must take up the pieces, or its sums are rounded otherwise
             self.save(step, ends)
+
+    def _probe(self, step: Step) -> bool:
+        """Whether a probe that was due has ended the stage."""
+        found = self.switch.after()
+        if found is None:
+            return False
+        self.run.log("probe", step.number, stage=step.stage.name, half=found.half, loss=found.full, ends=found.ends)
+        said = "whole images bring more: the stage ends" if found.ends else "masked training goes on"
+        self.note(f"probe of whole images at step {step.number}: held-out loss {found.full:.4f}; {said}")
+        return found.ends
 
     def _say_pieces(self, step: Step) -> None:
         size = step.stage.batch // step.pieces

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from maskdm.arithmetic import flops, ideal_speedup
 from maskdm.config import (
     BlockMask,
     Budget,
@@ -11,17 +12,15 @@ from maskdm.config import (
     CropMask,
     DecodeMask,
     DeferMask,
-    DiTConfig,
     Mask,
     NoMask,
     PatchMask,
     ReduceMask,
     RouteMask,
-    UViTConfig,
     ViewsMask,
 )
 from maskdm.engine import Machine, Progress
-from maskdm.masking import hidden_rate, num_kept, num_sequences, tokens_of_blocks
+from maskdm.masking import hidden_rate, num_kept
 
 
 def describe_mask(mask: Mask) -> str:
@@ -52,48 +51,7 @@ def describe_budget(budget: Budget) -> str:
     parts = [f"{budget.steps} steps"] if budget.steps else []
     parts += [f"{budget.images} images"] if budget.images else []
     parts += [f"{budget.minutes:g} minutes"] if budget.minutes else []
-    return " or ".join(parts)
-
-
-def ideal_speedup(config: Config, mask: Mask) -> float:
-    """How much cheaper the blocks' arithmetic is per image under a mask: (1/r) (6d + N) / (6d + rN) at keep rate r in all blocks."""
-    return _blocks(config, NoMask()) / _blocks(config, mask)
-
-
-def flops(config: Config, mask: Mask, images: int) -> float:
-    """Arithmetic of the blocks, forward and backward, for training images.
-
-    3 ((8 + 4 r) n d^2 + 4 n^2 d) for a block on n tokens, r the MLP's ratio, a U-ViT's tokens of time and class among them; 36 d^2 for a
-    DiT's modulation of a sequence; 12 n d^2 for each long skip of a U-ViT, and for the layer behind `model.fuse`.
-    """
-    model = config.model
-    tokens, width = _tokens(config, mask), model.width
-    match model:
-        case UViTConfig():
-            tokens = [n + 1 + config.data.conditional for n in tokens]
-            joined, per_token, per_sequence = tokens[config.blocks // 2 + 1 :], (8 + 4 * model.mlp_ratio) * width**2, 0
-        case DiTConfig():
-            joined, per_token, per_sequence = [], 8 * width**2 + 6 * width * model.hidden, 12 * width**2
-    joined = [*joined, tokens[-1]] if model.fuse else joined
-    each = sum(n * per_token + 4 * n**2 * width + per_sequence for n in tokens) + 4 * sum(joined) * width**2
-    return 3.0 * images * num_sequences(mask) * each
-
-
-def _blocks(config: Config, mask: Mask) -> float:
-    """Arithmetic of a forward pass through the blocks, per image."""
-    width = config.model.width
-    each = (24 * n * width**2 + 4 * n**2 * width for n in _tokens(config, mask))
-    return float(num_sequences(mask) * sum(each))
-
-
-def tokens_per_image(config: Config, mask: Mask) -> int:
-    """Tokens of an image that the first block works on, over all its sequences."""
-    return num_sequences(mask) * _tokens(config, mask)[0]
-
-
-def _tokens(config: Config, mask: Mask) -> list[int]:
-    """Tokens that each of the network's blocks works on, of one sequence."""
-    return [config.model.sets * patches for patches in tokens_of_blocks(mask, config.grid, config.blocks)]
+    return ("at most " if budget.auto else "") + " or ".join(parts) + (", to end when whole images bring more" if budget.auto else "")
 
 
 def plan_lines(config: Config, machine: Machine) -> list[str]:

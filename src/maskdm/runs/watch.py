@@ -91,6 +91,10 @@ class Watch:
             self._compare(step, value)
         return found
 
+    def loss(self) -> float:
+        """The held-out loss alone, nothing written."""
+        return self._loss(self.heldout).loss
+
     def gives_up(self, step: Step) -> bool:
         """Whether the stage has gone without a better evaluation for as long as it may."""
         patience = self.config.evaluation.patience

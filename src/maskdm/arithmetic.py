@@ -1,0 +1,46 @@
+"""What training costs in arithmetic, counted from the configuration alone."""
+
+from __future__ import annotations
+
+from maskdm.config import Config, DiTConfig, Mask, NoMask, UViTConfig
+from maskdm.masking import num_sequences, tokens_of_blocks
+
+
+def ideal_speedup(config: Config, mask: Mask) -> float:
+    """How much cheaper the blocks' arithmetic is per image under a mask: (1/r) (6d + N) / (6d + rN) at keep rate r in all blocks."""
+    return _blocks(config, NoMask()) / _blocks(config, mask)
+
+
+def flops(config: Config, mask: Mask, images: int | float) -> float:
+    """Arithmetic of the blocks, forward and backward, for training images.
+
+    3 ((8 + 4 r) n d^2 + 4 n^2 d) for a block on n tokens, r the MLP's ratio, a U-ViT's tokens of time and class among them; 36 d^2 for a
+    DiT's modulation of a sequence; 12 n d^2 for each long skip of a U-ViT, and for the layer behind `model.fuse`.
+    """
+    model = config.model
+    tokens, width = _tokens(config, mask), model.width
+    match model:
+        case UViTConfig():
+            tokens = [n + 1 + config.data.conditional for n in tokens]
+            joined, per_token, per_sequence = tokens[config.blocks // 2 + 1 :], (8 + 4 * model.mlp_ratio) * width**2, 0
+        case DiTConfig():
+            joined, per_token, per_sequence = [], 8 * width**2 + 6 * width * model.hidden, 12 * width**2
+    joined = [*joined, tokens[-1]] if model.fuse else joined
+    each = sum(n * per_token + 4 * n**2 * width + per_sequence for n in tokens) + 4 * sum(joined) * width**2
+    return 3.0 * images * num_sequences(mask) * each
+
+
+def tokens_per_image(config: Config, mask: Mask) -> int:
+    """Tokens of an image that the first block works on, over all its sequences."""
+    return num_sequences(mask) * _tokens(config, mask)[0]
+
+
+def _blocks(config: Config, mask: Mask) -> float:
+    """Arithmetic of a forward pass through the blocks, per image, at an MLP ratio of 4."""
+    width = config.model.width
+    return float(num_sequences(mask) * sum(24 * n * width**2 + 4 * n**2 * width for n in _tokens(config, mask)))
+
+
+def _tokens(config: Config, mask: Mask) -> list[int]:
+    """Tokens that each of the network's blocks works on, of one sequence."""
+    return [config.model.sets * patches for patches in tokens_of_blocks(mask, config.grid, config.blocks)]

@@ -1,0 +1,84 @@
+"""When a masked stage has done its part: `budget.auto`, by short probes of what whole images would bring.
+
+The whole-image loss of a network that has seen masked images alone says little of what they taught it: most of it comes back within a
+few steps on whole images. So the stage is asked by probes: at some moments the next stage is begun, apart, and its loss measured when
+half of the probe and all of it is spent. As long as the probes' losses fall faster from one to the next, per cost of masked training
+between them, than within the latest probe, per cost of its second half, masked training pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from maskdm.config import Budget, Stage
+from maskdm.engine.trainer import StageProgress, Trainer, cost_ratio
+
+MARKS = (0.2, 0.4, 0.6, 0.8)
+"""Shares of the stage's budget spent on masked steps at which it is probed."""
+
+LENGTH = 0.04
+"""Cost of a probe, as a share of the stage's budget, on which it is spent: 16 % if it is never cut short."""
+
+WARMUP = 10
+"""Steps of a probe over which its learning rate rises, at most: its stage's own warm-up may be longer than the probe."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A probe's outcome: losses by its middle and its end, and whether it ends the stage."""
+
+    half: float
+    full: float
+    ends: bool
+
+
+class Switch:
+    """Probes the stages of a trainer whose budget is `auto`, and ends them. `measure` gives the held-out loss of the averaged weights."""
+
+    def __init__(self, trainer: Trainer, measure: Callable[[], float]) -> None:
+        self.trainer, self.measure = trainer, measure
+
+    def after(self) -> Probe | None:
+        """What is due after a step: None, or a probe, which may have ended the stage."""
+        number = self.trainer.progress.stage
+        if number + 1 >= len(self.trainer.config.stages) or not self.trainer.config.stages[number].budget.auto:
+            return None
+        stage, done = self.trainer.config.stages[number], self.trainer.progress.stages[number]
+        at = replace(done, probes=[]).share(stage.budget)
+        if done.ended or len(done.probes) >= len(MARKS) or at < MARKS[len(done.probes)]:
+            return None
+        done.probes.append({"at": at} | self._probe(stage, self.trainer.config.stages[number + 1]))
+        ends = not pays(done.probes)
+        if ends:
+            self.trainer.end_stage()
+        return Probe(done.probes[-1]["half"], done.probes[-1]["full"], ends)
+
+    def _probe(self, stage: Stage, following: Stage) -> dict[str, float]:
+        """Begin the next stage, measure, and forget it; costs in units of this stage's budget."""
+        ratio, losses = cost_ratio(self.trainer.config, following.mask, stage.mask), list[float]()
+        steps = ratio * following.batch / stage.batch
+        spent, quick = StageProgress(), replace(following, warmup=min(following.warmup, WARMUP))
+        with self.trainer.apart(following):
+            for part in (LENGTH / 2, LENGTH):
+                while used(spent, stage.budget, ratio, steps) < part:
+                    self.trainer.step(quick, spent, following.budget)
+                losses.append(self.measure())
+        found = {"half": losses[0], "full": losses[1]}
+        return found | {"seconds": spent.seconds, "images": spent.images * ratio, "steps": spent.steps * steps}
+
+
+def used(spent: StageProgress, budget: Budget, ratio: float, steps: float) -> float:
+    """Share of a budget that a probe has used, whose images cost `ratio` and whose steps cost `steps` of the stage's."""
+    found = ((spent.steps * steps, budget.steps), (spent.images * ratio, budget.images), (spent.seconds / 60, budget.minutes))
+    return max(done / limit for done, limit in found if limit is not None)
+
+
+def pays(probes: Sequence[dict[str, float]]) -> bool:
+    """Whether masked training between the last two probes brought more, per cost, than the second half of the last one."""
+    if len(probes) < 2:
+        return True
+    before, last = probes[-2], probes[-1]
+    masked = (before["full"] - last["full"]) / (last["at"] - before["at"])
+    whole = (last["half"] - last["full"]) / (LENGTH / 2)
+    return masked >= whole

@@ -1,0 +1,147 @@
+"""The end of a masked stage by evidence: probes that leave no trace but their cost, and a rule that is right on known curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskdm.cli import run_command
+from maskdm.config import Budget, Config, Data, DiTConfig, Ema, NoMask, PatchMask, Stage
+from maskdm.data import Dataset, Loader
+from maskdm.engine import Switch, Trainer
+from maskdm.engine.switch import LENGTH, MARKS, pays
+from maskdm.errors import UserError
+from maskdm.models import build
+from maskdm.recipes import recipe
+from maskdm.recipes.arms import parse_arm
+
+
+def config(auto: bool = True, masked: int = 100, whole: int = 20) -> Config:
+    stages = (
+        Stage("masked", Budget(images=4 * masked, auto=auto), PatchMask(0.5), batch=4, lr=1e-3),
+        Stage("whole", Budget(images=4 * whole), batch=4, lr=1e-3, warmup=50),
+    )
+    return Config(Data("made up", (8, 8), channels=1, heldout=0.1), DiTConfig(16, 2, 2, 2), stages, ema=Ema(snapshots=0))
+
+
+def trainer(settings: Config) -> Trainer:
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1)).astype(np.uint8)
+    dataset = Dataset(images, None, (), "", "", (), (), Path("made up"))
+    torch.manual_seed(0)
+    return Trainer(settings, Loader(dataset, np.arange(12), 0), build(settings.model, settings.data, 0), torch.device("cpu"), "fp32")
+
+
+def train(run: Trainer, measured: list[float]) -> list[int]:
+    """To the end, with these measurements; the steps at which there was a probe."""
+    switch, probed = Switch(run, lambda: measured.pop(0)), []
+    for step in run.run():
+        if switch.after() is not None:
+            probed.append(step.number)
+    return probed
+
+
+GOES_ON = [v for i in range(4) for v in (1.0 - 0.1 * i, 0.999 - 0.1 * i)]
+
+
+def test_probes_leave_nothing_behind_but_their_cost() -> None:
+    """Where masked training always pays, the steps are those of a stage that was never probed, fewer by the probes' cost."""
+    run, plain = trainer(config()), trainer(config(auto=False))
+    weights: dict[int, torch.Tensor] = {}
+    for step in plain.run():
+        weights[step.number] = plain.model.out.weight.detach().clone()
+    assert train(run, list(GOES_ON)) == [20, 40, 60, 80]
+    first = run.progress.stages[0]
+    assert len(first.probes) == len(MARKS) and first.probed("images") == pytest.approx(4 * 100 * LENGTH * 4, rel=0.3)
+    assert first.images + first.probed("images") == pytest.approx(400, abs=8) and not first.ended
+    again = trainer(config())
+    switch, count = Switch(again, lambda values=list(GOES_ON): values.pop(0)), 0
+    for step in again.run():
+        switch.after()
+        if step.stage.name == "masked":
+            count += 1
+            assert torch.equal(again.model.out.weight, weights[step.number])
+    assert count == first.steps
+
+
+def test_a_stage_ends_when_whole_images_bring_more_and_leaves_its_rest_to_the_next() -> None:
+    run = trainer(config())
+    probed = train(run, [1.0, 0.99, 0.98, 0.90])  # masked: 0.01 in a fifth of the budget; whole: 0.08 in a fiftieth
+    assert probed == [20, 40] and run.progress.stages[0].ended
+    masked, whole = run.progress.stages
+    left = 400 - masked.images - masked.probed("images")
+    ratio = 1 / 2.3  # about: half of the patches cost less than half
+    assert whole.images == pytest.approx(80 + left * ratio, rel=0.1) and whole.images == run.budget(1).images
+    assert not whole.probes
+
+
+def test_a_stopped_run_goes_on_to_the_same_end() -> None:
+    whole, parts = trainer(config()), trainer(config())
+    values = [1.0, 0.99, 0.98, 0.90]
+    train(whole, list(values))
+    left = list(values)
+    switch = Switch(parts, lambda: left.pop(0))
+    for step in parts.run():
+        switch.after()
+        if step.number == 30:
+            break
+    resumed = trainer(config())
+    resumed.restore(parts.tensors(), json.loads(json.dumps(parts.numbers())))
+    train(resumed, left)
+    assert resumed.progress == whole.progress or [s.images for s in resumed.progress.stages] == [s.images for s in whole.progress.stages]
+    assert torch.equal(resumed.model.out.weight, whole.model.out.weight)
+
+
+@pytest.mark.parametrize("best", [0.3, 0.5, 0.7])
+def test_the_rule_ends_near_the_best_split_of_known_curves(best: float) -> None:
+    """Masked training multiplies a distance by exp(-t / best) until it saturates; whole images then bring a constant rate."""
+
+    def after_probe(at: float) -> float:
+        return 1.0 + math.exp(-3 * at / best)
+
+    rate = 3 / best * math.exp(-3.0)  # of whole images: what masked ones bring at `best`
+    probes, ended = list[dict[str, float]](), 1.0
+    for mark in MARKS:
+        probes.append({"at": mark, "half": after_probe(mark) + rate * LENGTH / 2, "full": after_probe(mark)})
+        if not pays(probes):
+            ended = mark
+            break
+    assert best - 0.1 <= ended <= best + 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": (config().stages[0],)}, "is for a masked stage before one on whole images"),
+        ({"stages": (config().stages[0], replace(config().stages[1], mask=PatchMask(0.25)))}, "before one on whole images"),
+        ({"stages": (replace(config().stages[0], mask=NoMask()), config().stages[1])}, "is for a masked stage"),
+        ({"stages": (config().stages[0], replace(config().stages[1], budget=Budget(steps=9)))}, "limit both by the same"),
+        ({"data": replace(config().data, heldout=0.0)}, "goes by the held-out loss"),
+    ],
+)
+def test_what_could_not_be_probed_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(config(), **change).check()  # type: ignore[arg-type]
+
+
+def test_an_arm_may_end_by_evidence() -> None:
+    arm = parse_arm("patch-75@auto", recipe("cifar10", "photos"))
+    made = arm.config(recipe("cifar10", "photos"), 0, lambda stage, share: Budget(images=round(1000 * share)))
+    assert [(stage.budget.images, stage.budget.auto) for stage in made.stages] == [(800, True), (200, False)]
+    assert arm.describe().startswith("patch-75 for at most 80%")
+
+
+def test_a_run_says_what_its_probes_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--width", "16", "--depth", "2", "--heads", "2", "--sampling.steps", "1", "--sampling.num", "4", "--tracking", "[]"]
+    budgets = ["--pretrain.budget.steps", "50", "--pretrain.budget.auto", "true", "--finetune.budget.steps", "10"]
+    budgets += ["--pretrain.budget.minutes", "none", "--finetune.budget.minutes", "none"]
+    assert run_command(["train", "digits", "--recipe", "digits", "--out", str(tmp_path / "run"), *small, *budgets]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    probes = [line for line in lines if line.get("event") == "probe" or line.get("kind") == "probe"]
+    assert probes and probes[0]["stage"] == "pretrain" and probes[0]["loss"] > 0
+    assert "probe of whole images at step 10" in capsys.readouterr().err
