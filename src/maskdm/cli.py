@@ -78,8 +78,8 @@ class Compare:
         arg(
             help="comma-separated, the first is what the others are compared with: whole; maskdm (the recipe's masked stage); or masked "
             "stages joined by +, each MASK[-HIDDEN][@SHARE][/KEY=VALUE ...], such as patch-50@60, block4-75@50/batch=256, crop4, "
-            "views4, route-50, sprint-75, defer-75, decode-50, or patch-90@30+patch-50@30: HIDDEN and SHARE of the budget in % (or auto), keys "
-            "batch, lr, warmup, decay, start_from; the rest of the budget goes to whole images; NAME=ARM names one"
+            "views4, route-50, sprint-75, defer-75, decode-50, or patch-90@30+patch-50@30: HIDDEN and SHARE of the budget in % (or auto), "
+            "keys batch, lr, warmup, decay, start_from; the rest of the budget goes to whole images; NAME=ARM names one"
         ),
     ] = "whole,maskdm"
     seeds: Annotated[int, arg(help="runs of each arm; intervals are over them")] = 3
