@@ -13,8 +13,9 @@ quickstart: $(VENV)/.installed
 	$(BIN)/maskdm train digits --recipe digits --out $(QUICKSTART) $(SHORT)
 	test $(QUICKSTART)/metrics.json -nt $(QUICKSTART)/model || $(BIN)/maskdm evaluate $(QUICKSTART) --num 1000
 
+# a process a core, since a test has one thread; each file in one of them, for what its tests share
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600

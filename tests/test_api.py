@@ -14,7 +14,8 @@ PUBLIC = {
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "haar", "inverse_haar", "patchify", "unpatchify"],
     "maskdm.engine": [
-        "Average", "Checkpoint", "Machine", "PowerAverages", "Progress", "Ranks", "Precision", "StageProgress", "Step", "Trainer",
+        "Average", "Checkpoint", "Machine", "PowerAverages", "Precision", "Probe", "Progress", "Ranks", "StageProgress", "Step",
+        "Switch", "Trainer",
         "Transfer", "autocast", "available_memory", "environment", "give_back_freed_memory", "join_ranks", "keep_freed_memory",
         "learning_rate", "make_optimizer", "matrix_ceiling", "more_pieces", "out_of_memory", "peak_memory", "reset_peak_memory",
         "this_machine", "transfer",

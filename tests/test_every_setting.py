@@ -130,6 +130,7 @@ CHANGES: dict[str, str] = {
 
 ELSEWHERE = {
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
+    "stages.one.budget.auto",  # tests/test_switch.py
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
     "evaluation.measure", "evaluation.samples", "evaluation.features", "evaluation.patience",  # tests/test_cli_evaluate.py
     "intervals.log", "intervals.evaluate", "intervals.sample", "intervals.save", "intervals.keep",
