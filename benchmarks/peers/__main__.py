@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.ours import OurStep
-from benchmarks.peers import adapters
+from benchmarks.peers import adapters, sizes
 from benchmarks.peers.adapters import Peer, Shape
 from benchmarks.timing import Arm, cast, interleave, results_directory, write_rows
 from maskdm.config import DiTConfig, Ema, Hardware, Mask, Model, NoMask, PatchMask, UViTConfig
@@ -69,7 +70,18 @@ class PeerStep:
 def parameters(arm: Arm) -> int:
     """Of its network."""
     network = arm.step.trainer.model if isinstance(arm.step, OurStep) else arm.step.peer.network  # type: ignore[attr-defined]
-    return sum(p.numel() for p in network.parameters())
+    return sizes.parameters(network)
+
+
+def unet_like(shape: Shape, wanted: int) -> Peer:
+    """diffusers' U-Net of about so many parameters."""
+    widths = [replace(shape, width=width) for width in sizes.UNET_WIDTHS]
+
+    def measure(shape: Shape) -> int:
+        with torch.device("meta"):
+            return sizes.parameters(adapters.unet(shape).network)
+
+    return adapters.unet(sizes.nearest(widths, measure, wanted))
 
 
 def mask_of(hidden: float) -> Mask:
@@ -103,7 +115,7 @@ def steps(options: argparse.Namespace, shape: Shape, batch: int, hidden: float, 
                 size = whole if peer.decodes else batch
                 arms.append(Arm(f"{name} {precision}", PeerStep(peer, shape, size, hidden, dtype, device, options.compile)))
         if hidden == 0 and not options.no_unet:
-            peer = adapters.unet(shape, parameters(arms[0]))
+            peer = unet_like(shape, parameters(arms[0]))
             arms.append(Arm(f"diffusers unet {precision}", PeerStep(peer, shape, batch, 0.0, dtype, device, options.compile)))
     return arms
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -19,13 +21,23 @@ from benchmarks.peers import timm_stand_in
 
 @dataclass(frozen=True)
 class Shape:
-    """What all networks of a table have in common. Square images of `side` pixels in three channels."""
+    """What all networks of a table have in common. Square images of `side` pixels.
+
+    classes: labels are 0..classes, the last of them for none; 0: unconditional.
+    """
 
     side: int
     patch: int
     width: int
     depth: int
     heads: int
+    channels: int = 3
+    classes: int = 0
+
+    @property
+    def labels(self) -> int:
+        """Rows of a table of labels, that for none among them."""
+        return self.classes + 1 if self.classes else 0
 
     @property
     def tokens(self) -> int:
@@ -46,6 +58,7 @@ class Peer:
     decodes: bool = False
 
 
+@functools.cache
 def load_file(path: Path, package: str | None = None) -> ModuleType:
     """Import one Python file; with `package`, as a member of the folder it lies in, for its relative imports."""
     timm_stand_in.install()
@@ -59,7 +72,8 @@ def load_file(path: Path, package: str | None = None) -> ModuleType:
         raise SystemExit(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    with contextlib.redirect_stdout(None):  # one of them says what attention it found
+        spec.loader.exec_module(module)
     return module
 
 
@@ -76,6 +90,8 @@ def maskdm_authors(clone: Path, shape: Shape) -> Peer:
     network = module.MaskedUViT(
         img_size=shape.side,
         patch_size=shape.patch,
+        in_chans=shape.channels,
+        num_classes=shape.labels,
         encoder_embed_dim=shape.width,
         encoder_depth=shape.depth,
         encoder_heads=shape.heads,
@@ -98,7 +114,15 @@ def maskdm_authors(clone: Path, shape: Shape) -> Peer:
 def uvit(clone: Path, shape: Shape) -> Peer:
     """U-ViT (github baofff/U-ViT): libs/uvit.py, with its final convolution; whole images only."""
     module = load_file(clone / "libs" / "uvit.py", package="peer_uvit_libs")
-    network = module.UViT(img_size=shape.side, patch_size=shape.patch, embed_dim=shape.width, depth=shape.depth, num_heads=shape.heads)
+    network = module.UViT(
+        img_size=shape.side,
+        patch_size=shape.patch,
+        in_chans=shape.channels,
+        num_classes=shape.labels,
+        embed_dim=shape.width,
+        depth=shape.depth,
+        num_heads=shape.heads,
+    )
 
     def loss(noised: Tensor, noise: Tensor, t: Tensor, hidden: float) -> Tensor:
         return F.mse_loss(network(noised, t).float(), noise)
@@ -106,20 +130,35 @@ def uvit(clone: Path, shape: Shape) -> Peer:
     return Peer(network, loss, masks=False)
 
 
-def maskdit(clone: Path, shape: Shape) -> Peer:
-    """MaskDiT (github Anima-Lab/MaskDiT): models/maskdit.py with its decoder of 8 blocks of width 512 and weight 0.1 of reconstruction."""
+def _resize_decoder(module: ModuleType, network: Any, shape: Shape, width: int, depth: int) -> None:
+    """Give MaskDiT a decoder of other than its fixed size, of its own layers, and begin anew. Heads are 32 wide, as in its own."""
+    network.decoder_pos_embed = nn.Parameter(torch.zeros(1, shape.tokens, width), requires_grad=False)
+    network.decoder_layer = module.DecoderLayer(shape.width, width)
+    network.decoder_blocks = nn.ModuleList(module.DiTBlock(width, shape.width, width // 32) for _ in range(depth))
+    network.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+    network.final_layer = module.FinalLayer(width, shape.width, shape.patch, shape.channels)
+    network.initialize_weights()
+
+
+def maskdit(clone: Path, shape: Shape, decoder: tuple[int, int] | None = None) -> Peer:
+    """MaskDiT (github Anima-Lab/MaskDiT): models/maskdit.py with its weight 0.1 of reconstruction.
+
+    decoder: its width, in multiples of 32, and its blocks; its own 512 and 8 where left out.
+    """
     module = load_file(clone / "models" / "maskdit.py")
     network = module.DiT(
         input_size=shape.side,
         patch_size=shape.patch,
-        in_channels=3,
+        in_channels=shape.channels,
         hidden_size=shape.width,
         depth=shape.depth,
         num_heads=shape.heads,
-        num_classes=0,
+        num_classes=shape.classes,
         use_decoder=True,
         mae_loss_coef=0.1,
     )
+    if decoder is not None:
+        _resize_decoder(module, network, shape, *decoder)
 
     def loss(noised: Tensor, noise: Tensor, t: Tensor, hidden: float) -> Tensor:
         output: dict[str, Any] = network(noised, t.float(), None, mask_ratio=hidden)
@@ -153,25 +192,21 @@ def sit(clone: Path, shape: Shape) -> Peer:
     return Peer(network, loss, masks=False)
 
 
-def unet(shape: Shape, parameters: int) -> Peer:
-    """diffusers' UNet2DModel, its width chosen so that it has about `parameters` parameters; whole images only."""
+def unet(shape: Shape) -> Peer:
+    """diffusers' UNet2DModel, whose first level is as wide as the shape says, in multiples of 8; whole images only."""
     from diffusers import UNet2DModel
 
-    def build(width: int) -> Any:
-        return UNet2DModel(
-            sample_size=shape.side,
-            block_out_channels=(width, 2 * width, 2 * width),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=2,
-            norm_num_groups=8,
-        )
-
-    def size(width: int) -> int:
-        with torch.device("meta"):
-            return sum(p.numel() for p in build(width).parameters())
-
-    network: Any = build(min(range(32, 512, 8), key=lambda width: abs(size(width) - parameters)))
+    network: Any = UNet2DModel(
+        sample_size=shape.side,
+        in_channels=shape.channels,
+        out_channels=shape.channels,
+        block_out_channels=(shape.width, 2 * shape.width, 2 * shape.width),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        norm_num_groups=8,
+        num_class_embeds=shape.labels or None,
+    )
 
     def loss(noised: Tensor, noise: Tensor, t: Tensor, hidden: float) -> Tensor:
         return F.mse_loss(network(noised, t).sample.float(), noise)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from maskdm.config import (
     ViewsMask,
 )
 from maskdm.errors import UserError, nearest
+from maskdm.models import Denoiser
 from maskdm.settings import to_plain
 
 AUTO = 0.8
@@ -40,6 +41,20 @@ KEYS = ("batch", "lr", "warmup", "decay", "start_from")
 
 
 @dataclass(frozen=True)
+class Network:
+    """A network from elsewhere, which an arm trains in place of that of its `model`.
+
+    note: what it is, in words; record: the same, ready for JSON. flops: of training on an image, whole (NoMask) and under the masks of
+    the arm's stages. build: makes it for so many classes (0: unconditional); it need take no other masks than those.
+    """
+
+    note: str
+    record: Mapping[str, Any]
+    flops: Mapping[Mask, float]
+    build: Callable[[int], Denoiser]
+
+
+@dataclass(frozen=True)
 class Arm:
     """A way to train: stages whose budgets are shares (0..1, adding up to 1) of the whole one, and the network, with what they need."""
 
@@ -49,6 +64,8 @@ class Arm:
     model: Model
     init: str | None = None
     """Run whose weights to start from; {seed} in it stands for the seed."""
+    network: Network | None = None
+    """In place of the one that `model` describes, of which the patches are then all that counts."""
 
     def config(self, base: Config, seed: int, budget: Callable[[Stage, float], Budget]) -> Config:
         """The run of a seed; `budget` makes a stage's from its share."""
@@ -65,12 +82,13 @@ class Arm:
             f"{stage.name.partition('-')[2]} for {'at most ' if stage.budget.auto else ''}{share:.0%}, batch {stage.batch}, lr {stage.lr:g}"
             for stage, share in zip(self.stages, self.shares, strict=True)
         ]
-        return "; ".join(words) + (f"; from {self.init}" if self.init else "")
+        return "; ".join(words) + (f"; from {self.init}" if self.init else "") + (f"; {self.network.note}" if self.network else "")
 
     def record(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         stages = [{"share": share} | to_plain(stage) for stage, share in zip(self.stages, self.shares, strict=True)]
-        return {"stages": stages, "model": to_plain(self.model), "init": self.init}
+        network = {"model": to_plain(self.model)} if self.network is None else {"network": dict(self.network.record)}
+        return {"stages": stages, **network, "init": self.init}
 
 
 def parse_arm(text: str, base: Config) -> Arm:
@@ -107,9 +125,9 @@ def parse_arm(text: str, base: Config) -> Arm:
     return arm
 
 
-def parse_arms(texts: str, base: Config) -> list[Arm]:
-    """Arms separated by commas; the first is what the others are compared with. Raises UserError."""
-    arms = [parse_arm(text.strip(), base) for text in texts.split(",") if text.strip()]
+def parse_arms(texts: str, base: Config, more: Sequence[Arm] = ()) -> list[Arm]:
+    """Arms separated by commas, and `more`; the first is what the others are compared with. Raises UserError."""
+    arms = [*(parse_arm(text.strip(), base) for text in texts.split(",") if text.strip()), *more]
     if len(arms) < 2:
         raise UserError(f"--arms '{texts}' names {len(arms)} arm{'' if len(arms) == 1 else 's'}; a comparison needs at least two")
     names = [arm.name for arm in arms]

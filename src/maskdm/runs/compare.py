@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import maskdm
-from maskdm.arithmetic import flops
-from maskdm.config import Budget, Config, Stage
+from maskdm.config import Budget, Config, Mask, Stage
 from maskdm.data import Dataset
 from maskdm.engine import Machine, Ranks, Trainer, autocast, environment
 from maskdm.errors import UserError
@@ -22,7 +21,7 @@ from maskdm.evaluation.speedups import Unit
 from maskdm.pictures import grid
 from maskdm.recipes.arms import Arm, parse_arms, rates_of
 from maskdm.runs.compare_results import Contest, Record, summarize
-from maskdm.runs.contestant import Contestant, Field
+from maskdm.runs.contestant import Contestant, Field, work_of
 from maskdm.runs.directory import write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
@@ -72,8 +71,8 @@ class Cost:
             raise UserError(f"--budget is '{text}'; give more than nothing")
         return Cost(UNITS[unit.removeprefix(prefix)][0], amount)
 
-    def stage_budget(self, config: Config) -> Callable[[Stage, float], Budget]:
-        """Budgets of stages from their shares, for `Arm.config`."""
+    def stage_budget(self, work: Callable[[Mask], float]) -> Callable[[Stage, float], Budget]:
+        """Budgets of stages from their shares, for `Arm.config`; `work`: FLOPs of training on an image."""
 
         def budget(stage: Stage, share: float) -> Budget:
             part = share * self.amount
@@ -83,7 +82,7 @@ class Cost:
                 case "images":
                     return Budget(images=max(1, round(part)))
                 case _:
-                    return Budget(images=max(1, round(part / flops(config, stage.mask, 1))))
+                    return Budget(images=max(1, round(part / work(stage.mask))))
 
         return budget
 
@@ -100,8 +99,11 @@ class CompareRequest:
     num: int = 500
 
 
-def compare(request: CompareRequest, display: Display) -> str:
-    """Run what is left of a comparison; returns the table and the verdicts. Raises UserError, Interrupted."""
+def compare(request: CompareRequest, display: Display, more_arms: Callable[[Config], Sequence[Arm]] = lambda base: ()) -> str:
+    """Run what is left of a comparison; returns the table and the verdicts. Raises UserError, Interrupted.
+
+    more_arms: makes arms beside those of the request, from the configuration that they all share.
+    """
     out, cost = request.train.out, Cost.parse(request.budget)
     if request.seeds < 1:
         raise UserError(f"--seeds is {request.seeds}; give at least 1")
@@ -110,7 +112,7 @@ def compare(request: CompareRequest, display: Display) -> str:
     resolved = resolve(replace(request.train, out=out / "run"))  # where no run is
     base = replace(resolved.config, ema=replace(resolved.config.ema, snapshots=0), tracking=())
     _refuse_idle(request, base)
-    arms = parse_arms(request.arms, base)
+    arms = parse_arms(request.arms, base, more_arms(base))
     display.heading(f"maskdm {maskdm.__version__}: {', '.join(arm.name for arm in arms)} on {request.train.data}, {request.budget} each")
     for arm in arms:
         display.note(f"  {arm.name}: {arm.describe()}")
@@ -121,9 +123,9 @@ def compare(request: CompareRequest, display: Display) -> str:
         raise UserError(f"{len(heldout)} held-out images are too few to compare by; hold at least {LEAST_MEASURED} out (--heldout)")
     machine = environment(resolved.machine, torch.get_num_threads()) | {"maskdm": maskdm.__version__}
     _begin(request, base, arms, dataset, machine, display)
-    field, budgets = Field(dataset, training, resolved.machine, display), cost.stage_budget
+    field = Field(dataset, training, resolved.machine, display)
     contestants = [
-        Contestant(arm, arm.config(base, base.seed + i, budgets(replace(base, model=arm.model))), out / "arms" / arm.name, field)
+        Contestant(arm, arm.config(base, base.seed + i, cost.stage_budget(work_of(arm, base))), out / "arms" / arm.name, field)
         for i in range(request.seeds)
         for arm in arms
     ]
@@ -139,6 +141,7 @@ def compare(request: CompareRequest, display: Display) -> str:
     )
     about = {"budget": request.budget, "seeds": request.seeds, "data": request.train.data, "config": to_plain(base)}
     about |= {"data_hash": dataset.content_hash, "heldout_images": ruler.count, "environment": machine}
+    about |= {"networks": {arm.name: dict(arm.network.record) for arm in arms if arm.network is not None}}
     return summarize(contest, about, out)
 
 

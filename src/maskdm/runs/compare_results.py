@@ -82,11 +82,15 @@ def _figures(contest: Contest, arm: str) -> dict[str, Any]:
 
 
 def _speed(contest: Contest, arm: str, number: int) -> dict[str, Any]:
-    """A stage's images per second, median over seeds, against whole images' of any arm, and what the arithmetic alone would give."""
+    """A stage's images per second, median over seeds, and what the arithmetic alone would give, against whole images' of any arm.
+
+    Of any that trains the same network: one from elsewhere is only compared with itself.
+    """
     here = [final["stages"][number] for final in contest.finals[arm]]
     rates = [stage["images_per_second"] for stage in here if stage["images_per_second"]]
     everywhere = [stage for finals in contest.finals.values() for final in finals for stage in final.get("stages", ())]
-    whole = [stage["images_per_second"] for stage in everywhere if stage["mask"] == "none" and stage["images_per_second"]]
+    alike = [stage for stage in everywhere if stage["mask"] == "none" and stage.get("network") == here[0].get("network")]
+    whole = [stage["images_per_second"] for stage in alike if stage["images_per_second"]]
     rate = float(np.median(rates)) if rates else math.nan
     found = {key: here[0][key] for key in ("name", "mask", "batch", "lr", "ideal_speedup")}
     return found | {"images_per_second": rate, "speedup": rate / float(np.median(whole)) if whole else math.nan}

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from maskdm.arithmetic import flops
-from maskdm.config import Config
+from maskdm.config import Config, Mask, NoMask
 from maskdm.data import Dataset, Loader
 from maskdm.draws import derive
 from maskdm.engine import Machine, Switch, Trainer, checkpoint
@@ -39,6 +39,12 @@ class Field:
     display: Display
 
 
+def work_of(arm: Arm, base: Config) -> Callable[[Mask], float]:
+    """FLOPs of an arm's training on an image, by mask: by the formula of our networks, or as another's were counted."""
+    config = replace(base, model=arm.model)
+    return (lambda mask: flops(config, mask, 1)) if arm.network is None else arm.network.flops.__getitem__
+
+
 class Contestant:
     """An arm under a seed. What has been measured of it stands in `records` and `final`; its trainer is there inside `training` alone.
 
@@ -47,6 +53,7 @@ class Contestant:
 
     def __init__(self, arm: Arm, config: Config, folder: Path, field: Field) -> None:
         self.arm, self.config, self.folder, self.field = arm, config, folder / f"seed-{config.seed}", field
+        self._work = work_of(arm, config)
         self.records: list[Record] = []
         self.step = 0
         self.final: dict[str, Any] | None = None
@@ -68,7 +75,8 @@ class Contestant:
         """Its trainer, where it stood. With `rehearse` what a process's first steps cost is paid before the clock runs."""
         classes = list(self.field.dataset.class_names) if self.config.data.conditional else []
         torch.manual_seed(derive("weights", self.config.seed))
-        model = build(self.config.model, self.config.data, len(classes))
+        elsewhere = self.arm.network
+        model = build(self.config.model, self.config.data, len(classes)) if elsewhere is None else elsewhere.build(len(classes))
         found = checkpoint.names(self.folder)
         if not found:
             initialize(self.config, model, classes, self.field.display)
@@ -85,7 +93,7 @@ class Contestant:
         """Seconds, steps, images and FLOPs so far, and the pieces that batches are computed in."""
         progress, stages = trainer.progress, self.config.stages
         images = [done.images + done.probed("images") for done in progress.stages]
-        work = sum(flops(self.config, stage.mask, number) for stage, number in zip(stages, images, strict=True))
+        work = sum(self._work(stage.mask) * number for stage, number in zip(stages, images, strict=True))
         pieces = max(done.pieces for done in progress.stages)
         return {"seconds": progress.seconds, "steps": progress.step, "images": sum(images), "flops": work, "pieces": pieces}
 
@@ -112,8 +120,19 @@ class Contestant:
 
     def conclude(self, trainer: Trainer, measures: dict[str, Any], asked: dict[str, Any]) -> None:
         """Keep the final measures, what was `asked` for and what each stage did."""
-        self.final = {**measures, "asked": asked, "step": self.step, "stages": stage_records(self.config, trainer.progress)}
+        self.final = {**measures, "asked": asked, "step": self.step, "stages": self._stages(trainer)}
         write_text(self.folder / "final.json", json.dumps(self.final, indent=1))
+
+    def _stages(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """What each stage did, with the arithmetic of the network that did it."""
+        records = stage_records(self.config, trainer.progress)
+        if self.arm.network is None:
+            return records
+        for record, stage in zip(records, self.config.stages, strict=True):
+            each = self._work(stage.mask)
+            record |= {"network": self.arm.name, "flops": each * record["images"], "flops_per_image": each}
+            record["ideal_speedup"] = self._work(NoMask()) / each
+        return records
 
 
 def _read(file: Path) -> dict[str, Any] | None:
