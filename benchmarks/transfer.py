@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NETWORK = "--recipe transfer-pretrain --image-size 32 --model.patch 2 --width 128 --depth 8 --heads 4".split()
+NETWORK = ["--recipe", "transfer-pretrain", "--image-size", "32", "--model.patch", "2", "--width", "128", "--depth", "8", "--heads", "4"]
 """256 tokens, and a network for two cores."""
 
 STAGES = {
-    "masked": "--pretrain.mask patch --pretrain.mask.ratio 0.75 --pretrain.batch 16".split(),
-    "whole": "--pretrain.mask none --pretrain.batch 8".split(),
+    "masked": ["--pretrain.mask", "patch", "--pretrain.mask.ratio", "0.75", "--pretrain.batch", "16"],
+    "whole": ["--pretrain.mask", "none", "--pretrain.batch", "8"],
 }
 """Batches of about the same cost; 8 whole images a step learn fastest here (docs/experiments.md)."""
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from maskdm.engine.checkpoint import sync
+from maskdm.engine.checkpoint import save_tensors, sync
 from maskdm.engine.optim import PowerAverages
 from maskdm.engine.posthoc import Fit, Profile, fit, gamma_of, reconstruct
 from maskdm.errors import UserError
@@ -42,8 +41,7 @@ def save(folder: Path, averages: PowerAverages, step: int, stage_step: int) -> P
     partial = folder / f".{path.name}.partial"
     about = Snapshot(step, stage_step, averages.began, averages.time, averages.sigma_rel)
     tensors = {name: value.to(torch.float16).contiguous().cpu() for name, value in averages.tensors().items()}
-    save_file(tensors, partial, {"snapshot": json.dumps(asdict(about))})
-    sync(partial)
+    save_tensors(tensors, partial, {"snapshot": json.dumps(asdict(about))})
     os.replace(partial, path)
     sync(folder)
     return path

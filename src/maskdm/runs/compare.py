@@ -22,7 +22,7 @@ from maskdm.pictures import grid
 from maskdm.recipes.arms import Arm, parse_arms, rates_of
 from maskdm.runs.compare_results import Contest, Record, summarize
 from maskdm.runs.contestant import Contestant, Field, work_of
-from maskdm.runs.directory import write_text
+from maskdm.runs.directory import held, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
@@ -130,7 +130,7 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
         for arm in arms
     ]
     ruler = _Ruler(base, dataset, heldout, resolved.machine)
-    with stop_requests() as stop:
+    with held(out), stop_requests() as stop:
         _train(contestants, cost, ruler, stop, display)
         _conclude(contestants, _Judge(request, resolved, base, dataset, display), stop, display)
     contest = Contest(

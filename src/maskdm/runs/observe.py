@@ -57,6 +57,7 @@ class Observer:
         note: Callable[[str], None],
     ) -> None:
         self.note = note
+        run.say = note
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
         self.trackers = Trackers(config.tracking, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
@@ -65,6 +66,7 @@ class Observer:
         self._losses = torch.zeros((), device=trainer.device)
         self._count = 0
         self._saved = -1
+        self._ends: str | None = None  # the stage that the latest step has ended
         self._snapshots = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
         self._waited = 0.0
@@ -84,6 +86,7 @@ class Observer:
         self._losses.fill_(meter["losses"])
         self._count = int(meter["count"])
         progress = self.trainer.progress
+        self._saved = progress.step
         if progress.stage < len(progress.stages):
             self._speed = (progress.stages[progress.stage].images, progress.seconds)
             self._pieces = progress.stages[progress.stage].pieces
@@ -110,12 +113,13 @@ class Observer:
             self.trainer.settle()
             self._log(step, bar)
         ends = step.ends_stage or self._probe(step)
+        self._ends = step.stage.name if ends else None
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
             self.trackers.scalars(self.watch.evaluate(step), step.number)
             self.trackers.histograms(lambda: network_histograms(self.trainer.model, self.trainer.optimizer), step.number)
             if not ends and self.watch.gives_up(step):
                 self.trainer.end_stage()
-                ends = True
+                ends, self._ends = True, step.stage.name
             reset_peak_memory(self.trainer.device)  # of training steps alone
         if (every.sample and step.number % every.sample == 0) or ends:
             self._sample(step)
@@ -124,7 +128,7 @@ class Observer:
         if early or self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
             self._snapshot(step)
         if step.number % every.save == 0 or ends or grew:  # a resumed run must take up the pieces, or its sums are rounded otherwise
-            self.save(step, ends)
+            self.save(step)
 
     def _probe(self, step: Step) -> bool:
         """Whether a probe that was due has ended the stage."""
@@ -152,7 +156,8 @@ class Observer:
         self._check_finite(step)
         self._snapshots = self._due(step.share)
         if self.trainer.powers.time:  # 0 where fp16 has skipped every step so far
-            snapshots.save(self.run.snapshots / step.stage.name, self.trainer.powers, step.number, step.stage_step)
+            folder = self.run.snapshots / step.stage.name
+            self.run.attempt("snapshots", lambda: snapshots.save(folder, self.trainer.powers, step.number, step.stage_step))
 
     def _stage_seconds(self) -> float:
         return self.trainer.progress.stages[self.trainer.progress.stage].seconds
@@ -192,17 +197,23 @@ class Observer:
                 stands = f"{latest} stands" if latest else "no checkpoint was written yet"
                 raise Diverged(f"the {name} is {value} at step {step.number} (stage {step.stage.name}); {stands}; try a lower lr, or fp32")
 
-    def save(self, step: Step, ends_stage: bool = False) -> None:
+    def save(self, step: Step) -> None:
         """Write a checkpoint, unless the step went wrong."""
         self._check_finite(step)
-        self._saved = step.number
-        save_checkpoint(self.run, self.trainer, self.meter(), step.stage.name if ends_stage else None)
-        update_info(self.run, self.trainer, "running", None)
+        if self.run.attempt("a checkpoint", self._save):
+            self._saved = step.number
+            self.run.attempt(self.run.run_file.name, lambda: update_info(self.run, self.trainer, "running", None))
 
-    def save_once(self, step: Step) -> None:
-        """Write a checkpoint, if there is none of this step."""
-        if self._saved != step.number:
-            self.save(step)
+    def _save(self) -> None:
+        self.run.sync_log()
+        save_checkpoint(self.run, self.trainer, self.meter(), self._ends)
+
+    def save_last(self) -> None:
+        """Write what could not be written so far, and a checkpoint, if there is none of this step. Raises OSError."""
+        self.run.say = None
+        self.run.flush()
+        if self._saved != self.trainer.progress.step:
+            self._save()
 
     def _tracker_failed(self, name: str, error: str) -> None:
         self.run.log("tracker", self.trainer.progress.step, name=name, error=error, state="dropped")
@@ -215,8 +226,8 @@ class Observer:
         drawn = self._draw(num, [i * len(self.classes) // num for i in range(num)] if self.classes else None)
         picture = grid(drawn, columns=max(1, round(num**0.5)))
         file = self.run.samples / f"step-{step.number:08}.png"
-        picture.save(file)
-        self.run.log("sample", step.number, stage=step.stage.name, file=f"samples/{file.name}")
+        if self.run.attempt("pictures of samples", lambda: picture.save(file)):
+            self.run.log("sample", step.number, stage=step.stage.name, file=f"samples/{file.name}")
         self.trackers.image("samples", np.asarray(picture), step.number)
 
     @property
@@ -231,7 +242,8 @@ class Observer:
     # --- the end ---
 
     def finish(self) -> None:
-        """Leave the model folder, pictures and the report."""
+        """Leave the model folder, pictures and the report. Raises OSError."""
+        self.save_last()
         save_pipeline(make_pipeline(self.trainer.average.model, self.config, self.classes), self.run.model)
         self._final_samples().save(self.run.path / "samples.png")
         self._denoising_strip().save(self.run.path / "denoising.png")

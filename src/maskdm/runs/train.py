@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,7 @@ from maskdm.runs.display import Display
 from maskdm.runs.observe import Observer, update_info
 from maskdm.runs.plan import plan_lines, stage_records
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
-from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, load_denoiser
+from maskdm.runs.store import cache_directory, class_names, load_denoiser
 from maskdm.settings import to_yaml
 
 
@@ -51,14 +51,24 @@ def train(request: TrainRequest, command: str, display: Display) -> str:
         write_report(run.path)  # a kill may have come between the last two
         return f"{run.path} is finished already; nothing to do\n{_results(run)}"
     set_up_torch(config, resolved)
+    began = run.started
     dataset = prepare_data(resolved, display)
+    with run.alone():
+        if run.started != began:
+            raise UserError(f"another process has begun a run in {run.path} meanwhile; run the command again")
+        return _train(run, resolved, dataset, command, display)
+
+
+def _train(run: RunDirectory, resolved: Resolved, dataset: Dataset, command: str, display: Display) -> str:
+    config = resolved.config
     classes = list(dataset.class_names) if config.data.conditional else []
     model = build(config.model, config.data, len(classes))
-    latest = latest_checkpoint(run)
-    report = initialize(config, model, classes, display) if latest is None else []
+    saved, wrong = checkpoint.load_latest(run.checkpoints)
+    for error in wrong:
+        display.note(f"{error.reason}: set aside as damaged-..., and the one before it used")
+    report = initialize(config, model, classes, display) if saved is None else []
     training, heldout = dataset.split(config.data.heldout, config.seed, config.data.limit)
     trainer = Trainer(config, Loader(dataset, training, config.seed), model, resolved.machine.device, resolved.machine.precision)
-    saved = None if latest is None else checkpoint.load(latest)
     if saved is not None:
         trainer.restore(saved.tensors, saved.numbers)
         display.note(f"resuming from {saved.path} (step {trainer.progress.step})")
@@ -205,13 +215,17 @@ def _recorded(run: RunDirectory, trainer: Trainer) -> Generator[None, None, None
     try:
         yield
     except (Interrupted, KeyboardInterrupt):
-        update_info(run, trainer, "stopped", None)
-        write_report(run.path)
+        _note_end(run, trainer, "stopped", None)
         raise
     except Exception as error:
-        update_info(run, trainer, "failed", str(error))
-        write_report(run.path)
+        _note_end(run, trainer, "failed", str(error))
         raise
+
+
+def _note_end(run: RunDirectory, trainer: Trainer, status: str, error: str | None) -> None:
+    with suppress(OSError):  # a full disk, of which the exception on its way speaks
+        update_info(run, trainer, status, error)
+        write_report(run.path)
 
 
 def _run(trainer: Trainer, observer: Observer, display: Display) -> None:
@@ -219,7 +233,7 @@ def _run(trainer: Trainer, observer: Observer, display: Display) -> None:
         for step in trainer.run():
             observer.after(step, bar)
             if stop:
-                observer.save_once(step)
+                observer.save_last()
                 raise Interrupted(f"stopped by {stop[0]} at step {step.number} and saved; the same command resumes")
     assert trainer.progress.stage == len(trainer.config.stages)
 
@@ -228,7 +242,7 @@ def _run(trainer: Trainer, observer: Observer, display: Display) -> None:
 def stop_requests() -> Generator[list[str], None, None]:
     """Names of the signals that asked the run to stop: looked at between steps, when the state is whole.
 
-    A second Ctrl-C stops at once.
+    SIGUSR1 is what SLURM sends before it takes a machine back (`--signal=USR1@120`). A second one stops at once.
     """
     asked: list[str] = []
 
@@ -237,7 +251,7 @@ def stop_requests() -> Generator[list[str], None, None]:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield asked
     finally:

@@ -111,9 +111,8 @@ class Watch:
             value = math.inf  # no better than any other; a NaN would be the best there is from now on
         self._since = 0 if value < self._stage_best else self._since + 1
         self._stage_best = min(value, self._stage_best)
-        if value < self._best:
+        if value < self._best and self.run.attempt("the best weights", lambda: save_best(self.run, self.trainer, measure, value)):
             self._best = value
-            save_best(self.run, self.trainer, measure, value)
             self.run.log("best", step.number, stage=step.stage.name, measure=measure, value=value)
 
     def _loss(self, rows: Rows) -> DenoisingLoss:
