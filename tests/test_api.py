@@ -14,7 +14,7 @@ PUBLIC = {
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "haar", "inverse_haar", "patchify", "unpatchify"],
     "maskdm.engine": [
-        "Average", "Checkpoint", "Machine", "PowerAverages", "Precision", "Probe", "Progress", "Ranks", "StageProgress", "Step",
+        "Average", "Checkpoint", "Machine", "PowerAverages", "Precision", "Probe", "Progress", "Ranks", "Skipped", "StageProgress", "Step",
         "Switch", "Trainer",
         "Transfer", "autocast", "available_memory", "environment", "give_back_freed_memory", "join_ranks", "keep_freed_memory",
         "learning_rate", "make_optimizer", "matrix_ceiling", "more_pieces", "out_of_memory", "peak_memory", "reset_peak_memory",

@@ -91,7 +91,7 @@ def run(out: Path, trial: Trial, log: Path) -> int:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             if trial.spec is not None:
-                os.environ |= {"CHAOS_ROOT": str(out), "CHAOS_SPEC": trial.spec}
+                os.environ |= {"CHAOS_ROOT": f"{out}/", "CHAOS_SPEC": trial.spec}
             from maskdm.cli import run_command
 
             code = run_command([*COMMAND, "--out", str(out)])

@@ -14,9 +14,10 @@ from maskdm.engine.hardware import (
 )
 from maskdm.engine.memory import available_memory, peak_memory, reset_peak_memory
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
+from maskdm.engine.progress import Progress, Skipped, StageProgress, Step
 from maskdm.engine.ranks import Ranks, join_ranks
 from maskdm.engine.switch import Probe, Switch
-from maskdm.engine.trainer import Precision, Progress, StageProgress, Step, Trainer, autocast, more_pieces
+from maskdm.engine.trainer import Precision, Trainer, autocast, more_pieces
 from maskdm.engine.weights import Transfer, transfer
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Probe",
     "Progress",
     "Ranks",
+    "Skipped",
     "StageProgress",
     "Step",
     "Switch",

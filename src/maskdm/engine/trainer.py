@@ -12,7 +12,7 @@ import copy
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -23,85 +23,15 @@ from maskdm.arithmetic import flops
 from maskdm.config import Budget, Config, Mask, Stage
 from maskdm.data import Feed, Loader
 from maskdm.draws import derive, draw_step
+from maskdm.engine.guard import Sentry, healthy
 from maskdm.engine.hardware import out_of_memory, synchronize
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
+from maskdm.engine.progress import Progress, Skipped, StageProgress, Step, Verdict
 from maskdm.masking import num_sequences
 from maskdm.models import Denoiser
 from maskdm.objective import masked_denoising_loss
 
 Precision = Literal["fp32", "bf16", "fp16"]
-
-
-@dataclass
-class StageProgress:
-    """What a stage has done: optimizer steps, training images, seconds inside steps; and whether it was ended before its budget.
-
-    `terms`: the budget and patience under which it was ended; under others it goes on. `pieces`: what its batches are
-    computed in, more than `asked` for where memory ran out; 0: it has not begun.
-    """
-
-    steps: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    ended: bool = False
-    terms: dict[str, Any] | None = None
-    pieces: int = 0
-    asked: int = 0
-    probes: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
-
-    def probed(self, what: Literal["steps", "images", "seconds"]) -> float:
-        """What probes have spent of the stage's budget, in its own steps and images (`switch`)."""
-        return float(sum(probe[what] for probe in self.probes))
-
-    def share(self, budget: Budget) -> float:
-        """Part of the budget used up, 0..1: that of the limit nearest to its end."""
-        used = (
-            (self.steps + self.probed("steps"), budget.steps),
-            (self.images + self.probed("images"), budget.images),
-            ((self.seconds + self.probed("seconds")) / 60, budget.minutes),
-        )
-        return min(1.0, max(done / limit for done, limit in used if limit is not None))
-
-    def course(self, budget: Budget) -> float:
-        """How far the learning rate's course has run: by steps and images where they are limited, so that no clock disturbs it."""
-        timeless = Budget(budget.steps, budget.images) if budget.steps or budget.images else budget
-        return self.share(timeless)
-
-
-@dataclass
-class Progress:
-    """Where a run stands. `stage` counts up to the number of stages; `images` is the place in the data."""
-
-    stage: int = 0
-    step: int = 0
-    images: int = 0
-    stages: list[StageProgress] = field(default_factory=list[StageProgress])
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far; evaluation, sampling and saving are not counted."""
-        return sum(stage.seconds + stage.probed("seconds") for stage in self.stages)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step. Tensors are scalars left on the device, so that reading them is the caller's choice.
-
-    data_seconds: of the run so far, waiting for images. pieces: micro-batches that the batch was computed in.
-    """
-
-    number: int
-    stage: Stage
-    stage_step: int
-    share: float
-    loss: Tensor
-    grad_norm: Tensor
-    lr: float
-    images: int
-    seconds: float
-    data_seconds: float
-    pieces: int
-    ends_stage: bool
 
 
 class Trainer:
@@ -122,7 +52,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.progress = Progress(stages=[StageProgress() for _ in config.stages])
         self._names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        self._ahead: deque[torch.cuda.Event] = deque()
+        self.sentry = Sentry(config.guard, device)
+        self.skipped: list[Skipped] = []
+        """Steps found bad since the caller last looked, and emptied this."""
+        self.bad_in_a_row = 0
+        self._ahead: deque[tuple[torch.cuda.Event | None, Verdict]] = deque()
 
     # --- state ---
 
@@ -133,7 +67,7 @@ class Trainer:
             moments |= {f"{key}/{self._names[parameter]}": value for key, value in state.items()}
         state = {"model": self.model.state_dict(), "average": self.average.model.state_dict(), "optimizer": moments}
         powers = self.powers.tensors()
-        return state | {"powers": powers} if powers else state
+        return state | {"guard": self.sentry.tensors()} | ({"powers": powers} if powers else {})
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, as plain values."""
@@ -152,6 +86,10 @@ class Trainer:
         progress["stages"] = [StageProgress(**stage) for stage in progress["stages"]]
         progress["stages"] += [StageProgress() for _ in self.config.stages[len(progress["stages"]) :]]
         self.progress = Progress(**progress)
+        self.feed.reorder(self._seed("order"))
+        self.sentry.restore(tensors.get("guard", {}))
+        self._ahead.clear()
+        self.skipped, self.bad_in_a_row = [], 0
         self._reopen()
         if numbers.get("powers", {}).get("sigma_rel") == list(self.powers.sigma_rel):
             self.powers.restore(tensors.get("powers", {}), numbers["powers"])
@@ -163,6 +101,8 @@ class Trainer:
     @contextlib.contextmanager
     def apart(self, stage: Stage | None = None) -> Generator[None]:
         """What is done inside is forgotten. With `stage` it is begun, as after the one at hand."""
+        self._catch_up()
+        kept = self.skipped, self.bad_in_a_row
         tensors = {file: {name: value.clone() for name, value in group.items()} for file, group in self.tensors().items()}
         numbers, progress = copy.deepcopy(self.numbers()), self.progress
         self.progress = copy.deepcopy(progress)
@@ -171,6 +111,29 @@ class Trainer:
         yield
         self.restore(tensors, numbers)
         self.progress = progress  # the very one: the loop holds on to its stage
+        self.skipped, self.bad_in_a_row = kept
+
+    def detour(self, returns: int) -> None:
+        """Another order of images and other draws from here on; `returns`: how often the run has come back to here."""
+        self.progress.detours += 1
+        self.progress.returns, self.progress.returned_to = returns, self.progress.step
+        self.feed.reorder(self._seed("order"))
+
+    def _seed(self, what: Literal["train", "order"]) -> int:
+        """Of the draws, or of the order of images."""
+        seed, detours = self.config.seed, self.progress.detours
+        if detours:
+            return derive(what, seed, detours)
+        return derive("train", seed) if what == "train" else seed
+
+    @property
+    def unsound(self) -> bool:
+        """Whether so many steps in a row were bad that going on is of no use."""
+        return self.bad_in_a_row >= self.config.guard.patience
+
+    def healthy(self) -> bool:
+        """Whether the weights and their averages are numbers. Waits for the device."""
+        return healthy(self.model.state_dict(), self.average.model.state_dict(), self.powers.tensors())
 
     def rehearse(self) -> None:
         """Run a step of every stage that is left and forget it: what the first steps of a process cost beside is then paid."""
@@ -231,6 +194,7 @@ class Trainer:
             self.model.load_state_dict(self.average.model.state_dict())
         self.average.restart(self.model)
         self.powers.restart(self.progress.step)
+        self.sentry.restart()
         self.optimizer = make_optimizer(self.model, self.config.optimizer, stage.lr)
 
     def step(self, stage: Stage, done: StageProgress, budget: Budget) -> Step:
@@ -246,18 +210,19 @@ class Trainer:
             limit = self.config.optimizer.clip
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
             scale = self.scaler.get_scale()
-            self.scaler.step(self.optimizer)
+            bad = self.sentry.judge(loss, grad_norm, overflows=self.scaler.is_enabled())
+            self._apply(bad)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
         with record_function("maskdm: average"):
             if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the averages must not count it
                 self.average.update(self.model, done.steps)
                 self.powers.update(self.model)
+        self._stay_near(Verdict(bad, loss, grad_norm, number, self.progress.images, stage))
         done.steps += 1
         done.images += stage.batch
         self.progress.step += 1
         self.progress.images += stage.batch
-        self._stay_near()
         done.seconds += time.perf_counter() - started
         share = done.share(budget)
         return Step(
@@ -267,6 +232,7 @@ class Trainer:
             share=share,
             loss=loss,
             grad_norm=grad_norm,
+            bad=bad,
             lr=lr,
             images=done.images,
             seconds=self.progress.seconds,
@@ -279,16 +245,48 @@ class Trainer:
         """Wait for the device, on the clock of the stage: for whoever is about to read from it."""
         started = time.perf_counter()
         synchronize(self.device)
+        self._catch_up()
         self.progress.stages[self.progress.stage].seconds += time.perf_counter() - started
 
-    def _stay_near(self) -> None:
+    def _apply(self, bad: Tensor) -> None:
+        """The optimizer's step, which leaves everything as it is where `bad`: told so on the device where its kernel can be."""
+        if self.scaler.is_enabled() or not self.optimizer.defaults["fused"]:  # both read from the device here in any case
+            if not bad:
+                self.scaler.step(self.optimizer)
+        else:
+            self.optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] - as torch's scaler tells it
+            self.optimizer.step()
+
+    def _stay_near(self, verdict: Verdict) -> None:
         """Let the host run at most two steps ahead of a GPU: enough to keep it busy, and seconds stay those of the work."""
+        event = None
         if self.device.type == "cuda":
+            verdict = verdict.on_its_way()
             event = torch.cuda.Event()
             event.record()
-            self._ahead.append(event)
-            if len(self._ahead) > 2:
-                self._ahead.popleft().synchronize()
+        self._ahead.append((event, verdict))
+        if event is None or len(self._ahead) > 2:
+            self._look(*self._ahead.popleft())
+
+    def _catch_up(self) -> None:
+        while self._ahead:
+            self._look(*self._ahead.popleft())
+
+    def _look(self, event: torch.cuda.Event | None, verdict: Verdict) -> None:
+        """Read what became of a step that the device is done with."""
+        if event is not None:
+            event.synchronize()
+        if not verdict.bad:
+            self.bad_in_a_row = 0
+            return
+        self.bad_in_a_row += 1
+        stage, each = verdict.stage, num_sequences(verdict.stage.mask)
+        rows = self.feed.loader.indices_at(verdict.position, stage.batch)
+        draws = draw_step(
+            self.config, stage.mask, self._seed("train"), verdict.number, 0, stage.batch * each, stage.batch * each, self.device
+        )
+        figures = float(verdict.loss), float(verdict.grad_norm)
+        self.skipped.append(Skipped(verdict.number + 1, stage.name, *figures, rows.tolist(), draws.t.flatten().tolist()))
 
     def _gradients(self, stage: Stage, done: StageProgress, number: int) -> Tensor:
         """The gradients of a batch, and its loss. Where memory runs out it is computed in more pieces: the same step."""
@@ -319,8 +317,9 @@ class Trainer:
                 images = images.repeat_interleave(each, dim=0)  # as `draws` counts them
                 labels = None if labels is None else labels.repeat_interleave(each, dim=0)
         with record_function("maskdm: draws"):
-            seed = derive("train", self.config.seed)
-            draws = draw_step(self.config, stage.mask, seed, number, first * each, count * each, stage.batch * each, self.device)
+            draws = draw_step(
+                self.config, stage.mask, self._seed("train"), number, first * each, count * each, stage.batch * each, self.device
+            )
         with record_function("maskdm: forward"), autocast(self.device, self.precision):
             loss = masked_denoising_loss(self.network, self.config.diffusion, images, labels, draws)
         with record_function("maskdm: backward"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -207,7 +208,8 @@ def _train(contestants: list[Contestant], cost: Cost, ruler: _Ruler, stop: list[
                 with each.training() as trainer:
                     going = each.advance(trainer, cost.unit, (number + 1) / SLICES * cost.amount, stop, ruler.loss)
                     if going:
-                        each.records.append(each.spent(trainer) | ruler.measure(trainer) | {"slice": number})
+                        measured = ruler.measure(trainer) | ({"loss": math.nan} if trainer.unsound else {})
+                        each.records.append(each.spent(trainer) | measured | {"slice": number})
                     each.save(trainer)
                 if not going:
                     raise Interrupted(f"stopped by {stop[0]}, and saved; the same command resumes")

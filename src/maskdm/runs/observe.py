@@ -15,7 +15,7 @@ from maskdm.arithmetic import flops, tokens_per_image
 from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
 from maskdm.draws import ROWS, derive
-from maskdm.engine import Step, Switch, Trainer, autocast, matrix_ceiling, peak_memory, reset_peak_memory, snapshots
+from maskdm.engine import Step, Switch, Trainer, autocast, checkpoint, matrix_ceiling, peak_memory, reset_peak_memory, snapshots
 from maskdm.masking import draw, num_sequences
 from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
@@ -23,7 +23,7 @@ from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
 from maskdm.runs.plan import stage_records
 from maskdm.runs.sample import draw_images
-from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
+from maskdm.runs.store import make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
 from maskdm.sampling import seeded
 from maskdm.settings import to_plain, to_yaml
@@ -33,8 +33,12 @@ GRID_ROWS, GRID_COLUMNS = 10, 5
 STRIP_ROWS, STRIP_COLUMNS = 6, 10
 
 
+class Unsound(Exception):
+    """Steps go wrong one after another, or weights are no numbers."""
+
+
 class Diverged(Exception):
-    """The loss or the gradient is no longer a number. Exit code 1."""
+    """They do so from the last checkpoint on, whatever is tried. Exit code 1."""
 
 
 def update_info(run: RunDirectory, trainer: Trainer, status: str, error: str | None) -> None:
@@ -63,8 +67,7 @@ class Observer:
         self.trackers = Trackers(config.tracking, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
         self.trackers.text("config", to_yaml(config), trainer.progress.step)
         self.switch = Switch(trainer, self.watch.loss)
-        self._losses = torch.zeros((), device=trainer.device)
-        self._count = 0
+        self._sums = torch.zeros(3, device=trainer.device)  # of losses, their number, and the last gradient norm: of good steps
         self._saved = -1
         self._ends: str | None = None  # the stage that the latest step has ended
         self._snapshots = 0
@@ -76,15 +79,15 @@ class Observer:
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
 
     def meter(self) -> dict[str, Any]:
-        """Sum and number of the losses since the last line of metrics, and the best evaluation."""
-        return {"losses": float(self._losses), "count": self._count, "watch": self.watch.state()}
+        """Sum and number of the losses since the last line of metrics, the last gradient norm, and the best evaluation."""
+        losses, count, grad_norm = self._sums.tolist()
+        return {"losses": losses, "count": count, "grad_norm": grad_norm, "watch": self.watch.state()}
 
     def restore(self, meter: Mapping[str, Any]) -> None:
         """Continue with a saved meter."""
         if "watch" in meter:
             self.watch.restore(meter["watch"])
-        self._losses.fill_(meter["losses"])
-        self._count = int(meter["count"])
+        self._sums.copy_(torch.tensor([meter["losses"], meter["count"], meter.get("grad_norm", 0.0)]))
         progress = self.trainer.progress
         self._saved = progress.step
         if progress.stage < len(progress.stages):
@@ -103,8 +106,7 @@ class Observer:
             self._pieces = step.stage.accumulate
             self.watch.enter_stage()
             self._snapshots = 0
-        self._losses += step.loss
-        self._count += 1
+        self._sums = torch.where(step.bad, self._sums, torch.stack([self._sums[0] + step.loss, self._sums[1] + 1, step.grad_norm]))
         grew = step.pieces > self._pieces
         if grew:
             self._say_pieces(step)
@@ -112,6 +114,7 @@ class Observer:
         if step.number % every.log == 0 or step.ends_stage or step.stage_step == 1:
             self.trainer.settle()
             self._log(step, bar)
+        self._look_after()
         ends = step.ends_stage or self._probe(step)
         self._ends = step.stage.name if ends else None
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
@@ -128,7 +131,48 @@ class Observer:
         if early or self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
             self._snapshot(step)
         if step.number % every.save == 0 or ends or grew:  # a resumed run must take up the pieces, or its sums are rounded otherwise
-            self.save(step)
+            self.save()
+
+    def _look_after(self) -> None:
+        """Say which steps were not applied. Raises Unsound where there are too many."""
+        for each in self.trainer.skipped:
+            names = [self.dataset.name_of(row) for row in each.rows]
+            figures = {
+                name: value if math.isfinite(value) else str(value) for name, value in (("loss", each.loss), ("grad_norm", each.grad_norm))
+            }
+            self.run.log("skipped", each.number, stage=each.stage, **figures, images=names, times=each.times)
+            first = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+            self.note(
+                f"step {each.number} is skipped: loss {each.loss:.4g}, gradient norm {each.grad_norm:.4g} "
+                f"({first}: the batch and its noise levels are in {self.run.metrics_log.name})"
+            )
+        last = self.trainer.skipped[-1] if self.trainer.skipped else None
+        self.trainer.skipped.clear()
+        if last is not None and self.trainer.unsound:
+            found = f"loss {last.loss:.4g}, gradient norm {last.grad_norm:.4g}"
+            raise Unsound(f"{self.trainer.bad_in_a_row} steps in a row went wrong, the last {last.number} (stage {last.stage}, {found})")
+
+    def go_back(self, reason: str) -> None:
+        """Take up the last checkpoint again, with other images and other noise from there on. Raises Diverged where that has not helped."""
+        saved, _ = checkpoint.load_latest(self.run.checkpoints)
+        before, advice = self.trainer.progress, "try a lower lr, or fp32"
+        if saved is None:
+            raise Diverged(f"{reason}; no checkpoint was written yet; {advice}")
+        step = int(saved.numbers["progress"]["step"])
+        returns = before.returns + 1 if before.detours and before.returned_to == step else 1
+        if returns > self.config.guard.rollbacks:
+            tried = f"went back to {saved.path} {returns - 1} times, for other images and noise" if returns > 1 else f"{saved.path} stands"
+            raise Diverged(f"{reason}; {tried}; {advice}")
+        self.trainer.restore(saved.tensors, saved.numbers)
+        self.trainer.progress.detours = before.detours
+        self.trainer.detour(returns)
+        self.restore(saved.numbers["meter"])
+        self.run.forget_after(step)
+        snapshots.forget_after(self.run.snapshots, step)
+        self.run.log("rollback", step, left=before.step, reason=reason, returns=returns)
+        self.note(f"{reason}: back to {saved.path}, with other images and noise from there on")
+        self._ends = saved.path.name.partition("-")[2].partition("-")[2] or None
+        self.save()
 
     def _probe(self, step: Step) -> bool:
         """Whether a probe that was due has ended the stage."""
@@ -153,7 +197,6 @@ class Observer:
         return int(share * self.config.ema.snapshots + 1e-9)
 
     def _snapshot(self, step: Step) -> None:
-        self._check_finite(step)
         self._snapshots = self._due(step.share)
         if self.trainer.powers.time:  # 0 where fp16 has skipped every step so far
             folder = self.run.snapshots / step.stage.name
@@ -163,17 +206,18 @@ class Observer:
         return self.trainer.progress.stages[self.trainer.progress.stage].seconds
 
     def _log(self, step: Step, bar: TrainingBar) -> None:
-        self._check_finite(step)
-        loss = float(self._losses) / self._count
+        losses, count, grad_norm = self._sums.tolist()
+        if count == 0:  # every step since the last line was skipped, which has been said
+            return
+        loss = losses / count
         images, seconds = step.images - self._speed[0], self.trainer.progress.seconds - self._speed[1]
-        figures = {"loss": loss, "lr": step.lr, "grad_norm": float(step.grad_norm)} | self._speeds(step, images, max(seconds, 1e-9))
+        figures = {"loss": loss, "lr": step.lr, "grad_norm": grad_norm} | self._speeds(step, images, max(seconds, 1e-9))
         self.run.log(
             "train", step.number, stage=step.stage.name, stage_step=step.stage_step, images=step.images, seconds=step.seconds, **figures
         )
         self.trackers.scalars({f"train/{name}": value for name, value in figures.items()}, step.number)
         bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures)
-        self._losses.zero_()
-        self._count = 0
+        self._sums[:2] = 0
         self._speed = (step.images, self.trainer.progress.seconds)
 
     def _speeds(self, step: Step, images: int, seconds: float) -> dict[str, float]:
@@ -190,18 +234,12 @@ class Observer:
         reset_peak_memory(self.trainer.device)
         return found
 
-    def _check_finite(self, step: Step) -> None:
-        for name, value in (("loss", float(step.loss)), ("gradient norm", float(step.grad_norm))):
-            if not math.isfinite(value) and not (self.trainer.scaler.is_enabled() and name == "gradient norm"):
-                latest = latest_checkpoint(self.run)
-                stands = f"{latest} stands" if latest else "no checkpoint was written yet"
-                raise Diverged(f"the {name} is {value} at step {step.number} (stage {step.stage.name}); {stands}; try a lower lr, or fp32")
-
-    def save(self, step: Step) -> None:
-        """Write a checkpoint, unless the step went wrong."""
-        self._check_finite(step)
+    def save(self) -> None:
+        """Write a checkpoint. Raises Unsound where the weights are no numbers, and what was saved before stands."""
+        if not self.trainer.healthy():
+            raise Unsound(f"weights are no numbers after step {self.trainer.progress.step}")
         if self.run.attempt("a checkpoint", self._save):
-            self._saved = step.number
+            self._saved = self.trainer.progress.step
             self.run.attempt(self.run.run_file.name, lambda: update_info(self.run, self.trainer, "running", None))
 
     def _save(self) -> None:

@@ -26,8 +26,8 @@ from maskdm.errors import UserError
 from maskdm.models import Denoiser, build
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
-from maskdm.runs.display import Display
-from maskdm.runs.observe import Observer, update_info
+from maskdm.runs.display import Display, TrainingBar
+from maskdm.runs.observe import Observer, Unsound, update_info
 from maskdm.runs.plan import plan_lines, stage_records
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
 from maskdm.runs.store import cache_directory, class_names, load_denoiser
@@ -230,12 +230,20 @@ def _note_end(run: RunDirectory, trainer: Trainer, status: str, error: str | Non
 
 def _run(trainer: Trainer, observer: Observer, display: Display) -> None:
     with stop_requests() as stop, display.training() as bar:
-        for step in trainer.run():
-            observer.after(step, bar)
-            if stop:
-                observer.save_last()
-                raise Interrupted(f"stopped by {stop[0]} at step {step.number} and saved; the same command resumes")
+        while trainer.progress.stage < len(trainer.config.stages):
+            try:
+                _to_the_end(trainer, observer, bar, stop)
+            except Unsound as reason:
+                observer.go_back(str(reason))
     assert trainer.progress.stage == len(trainer.config.stages)
+
+
+def _to_the_end(trainer: Trainer, observer: Observer, bar: TrainingBar, stop: list[str]) -> None:
+    for step in trainer.run():
+        observer.after(step, bar)
+        if stop:
+            observer.save_last()
+            raise Interrupted(f"stopped by {stop[0]} at step {step.number} and saved; the same command resumes")
 
 
 @contextmanager
