@@ -390,9 +390,11 @@ def _train(verb: Train, settings: list[tuple[str, str]], arguments: list[str]) -
 
     request = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings), verb.dry_run, verb.fork)
     try:
-        print(runs.train(request, shlex.join(["maskdm", *arguments]), runs.Display()))
+        said = runs.train(request, shlex.join(["maskdm", *arguments]), runs.Display())
+        if said:  # in the first of several processes
+            print(said)
     except runs.Interrupted as stop:
         return _fail(str(stop), 130)
-    except runs.Diverged as failure:
+    except (runs.Diverged, runs.Lost) as failure:
         return _fail(str(failure), 1)
     return 0

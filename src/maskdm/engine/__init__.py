@@ -15,7 +15,7 @@ from maskdm.engine.hardware import (
 from maskdm.engine.memory import available_memory, peak_memory, reset_peak_memory
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.progress import Progress, Skipped, StageProgress, Step
-from maskdm.engine.ranks import Ranks, join_ranks
+from maskdm.engine.ranks import Lost, Ranks, joined
 from maskdm.engine.switch import Probe, Switch
 from maskdm.engine.trainer import Precision, Trainer, autocast, more_pieces
 from maskdm.engine.weights import Transfer, transfer
@@ -23,6 +23,7 @@ from maskdm.engine.weights import Transfer, transfer
 __all__ = [
     "Average",
     "Checkpoint",
+    "Lost",
     "Machine",
     "PowerAverages",
     "Precision",
@@ -39,7 +40,7 @@ __all__ = [
     "available_memory",
     "environment",
     "give_back_freed_memory",
-    "join_ranks",
+    "joined",
     "keep_freed_memory",
     "learning_rate",
     "make_optimizer",

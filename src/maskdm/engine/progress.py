@@ -111,12 +111,15 @@ class Verdict:
     bad: Tensor
     loss: Tensor
     grad_norm: Tensor
+    told: Tensor | None
     number: int
     position: int
     stage: Stage
 
     def on_its_way(self) -> Verdict:
         """Its figures on the host as soon as the device has them: nobody waits."""
-        found = torch.empty(3, pin_memory=True)
-        found.copy_(torch.stack([self.bad.float(), self.loss.float(), self.grad_norm.float()]), non_blocking=True)
-        return replace(self, bad=found[0], loss=found[1], grad_norm=found[2])
+        figures = torch.stack([self.bad.float(), self.loss.float(), self.grad_norm.float()])
+        figures = figures if self.told is None else torch.cat([figures, self.told])
+        found = torch.empty(len(figures), pin_memory=True)
+        found.copy_(figures, non_blocking=True)
+        return replace(self, bad=found[0], loss=found[1], grad_norm=found[2], told=None if self.told is None else found[3:])

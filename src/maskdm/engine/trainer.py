@@ -11,12 +11,13 @@ import contextlib
 import copy
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from maskdm.arithmetic import flops
@@ -27,6 +28,8 @@ from maskdm.engine.guard import Sentry, healthy
 from maskdm.engine.hardware import out_of_memory, synchronize
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.progress import Progress, Skipped, StageProgress, Step, Verdict
+from maskdm.engine.ranks import Ranks, pieces_of
+from maskdm.errors import UserError
 from maskdm.masking import num_sequences
 from maskdm.models import Denoiser
 from maskdm.objective import masked_denoising_loss
@@ -37,8 +40,13 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class Trainer:
     """Runs the stages of a configuration over a loader's images."""
 
-    def __init__(self, config: Config, loader: Loader, model: Denoiser, device: torch.device, precision: Precision) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: Config, loader: Loader, model: Denoiser, device: torch.device, precision: Precision, ranks: Ranks | None = None
+    ) -> None:
+        self.config, self.device, self.ranks = config, device, ranks or Ranks()
+        for stage in config.stages:
+            if stage.batch < self.ranks.world:
+                raise UserError(f"stages.{stage.name}.batch {stage.batch} leaves some of {self.ranks.world} processes without an image")
         self.feed = Feed(loader, device)
         self.precision: Precision = precision
         self.model = model
@@ -46,6 +54,9 @@ class Trainer:
         self.model.train()
         self.model.recompute(config.hardware.checkpoint_activations)
         self.network: Any = torch.compile(self.model, dynamic=False) if config.hardware.compile else self.model
+        if self.ranks.world > 1:
+            seldom = config.model.fuse > 0 or config.model.mask_token  # layers that not every mask needs
+            self.network = DistributedDataParallel(self.network, broadcast_buffers=False, find_unused_parameters=seldom)
         self.average = Average(self.model, config.ema)
         self.powers = PowerAverages(self.model, config.ema.sigma_rel if config.ema.snapshots else ())
         self.optimizer = make_optimizer(self.model, config.optimizer, config.stages[0].lr)
@@ -56,6 +67,10 @@ class Trainer:
         self.skipped: list[Skipped] = []
         """Steps found bad since the caller last looked, and emptied this."""
         self.bad_in_a_row = 0
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        self.stopping = False
+        """Whether any process had been asked to stop: the same after each step in all of them."""
+        self._clock = 0.0  # of this process; that of the first is the stages'
         self._ahead: deque[tuple[torch.cuda.Event | None, Verdict]] = deque()
 
     # --- state ---
@@ -204,7 +219,8 @@ class Trainer:
         lr = learning_rate(stage, done.steps, done.course(budget))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._gradients(stage, done, number)
+        self.ranks.mark(f"step {number + 1}")
+        loss, told = self._tell(self._gradients(stage, done, number))
         with record_function("maskdm: optimizer"):
             self.scaler.unscale_(self.optimizer)
             limit = self.config.optimizer.clip
@@ -218,12 +234,12 @@ class Trainer:
             if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the averages must not count it
                 self.average.update(self.model, done.steps)
                 self.powers.update(self.model)
-        self._stay_near(Verdict(bad, loss, grad_norm, number, self.progress.images, stage))
+        self._stay_near(Verdict(bad, loss, grad_norm, told, number, self.progress.images, stage))
         done.steps += 1
         done.images += stage.batch
         self.progress.step += 1
         self.progress.images += stage.batch
-        done.seconds += time.perf_counter() - started
+        self._spend(done, time.perf_counter() - started)
         share = done.share(budget)
         return Step(
             number=self.progress.step,
@@ -246,7 +262,24 @@ class Trainer:
         started = time.perf_counter()
         synchronize(self.device)
         self._catch_up()
-        self.progress.stages[self.progress.stage].seconds += time.perf_counter() - started
+        self._spend(self.progress.stages[self.progress.stage], time.perf_counter() - started)
+
+    def _spend(self, done: StageProgress, seconds: float) -> None:
+        """Put time on a stage's clock: with several processes on the first one's, which they all go by, a step late (`_tell`)."""
+        if self.ranks.world == 1:
+            done.seconds += seconds
+        else:
+            self._clock += seconds
+
+    def _tell(self, loss: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The whole batch's loss; and of several processes how many were asked to stop, and the seconds that the first has spent."""
+        if self.ranks.world == 1:
+            self.stopping = self.asked_to_stop()
+            return loss, None
+        clock, self._clock = self._clock, 0.0
+        mine = torch.tensor([float(self.asked_to_stop()), clock if self.ranks.first else 0.0])
+        shared = self.ranks.total(torch.cat([loss[None], mine.to(self.device, non_blocking=True)]))
+        return shared[0], shared[1:]
 
     def _apply(self, bad: Tensor) -> None:
         """The optimizer's step, which leaves everything as it is where `bad`: told so on the device where its kernel can be."""
@@ -276,6 +309,10 @@ class Trainer:
         """Read what became of a step that the device is done with."""
         if event is not None:
             event.synchronize()
+        if verdict.told is not None:
+            stopping, seconds = verdict.told.tolist()
+            self.stopping = self.stopping or stopping > 0
+            next(d for s, d in zip(self.config.stages, self.progress.stages, strict=True) if s is verdict.stage).seconds += seconds
         if not verdict.bad:
             self.bad_in_a_row = 0
             return
@@ -294,18 +331,23 @@ class Trainer:
             done.asked = done.pieces = stage.accumulate
         while True:
             try:
-                size = stage.batch // done.pieces
+                pieces = pieces_of(self.ranks.part(stage.batch), done.pieces)
                 loss = torch.zeros((), device=self.device)
-                for first in range(0, stage.batch, size):
-                    loss += self._backward(stage, number, first, size)
+                for piece in pieces:
+                    with contextlib.nullcontext() if piece is pieces[-1] else self._unshared():
+                        loss += self._backward(stage, number, piece.start, len(piece))
                 return loss
-            except RuntimeError as error:
-                if not out_of_memory(error) or done.pieces >= stage.batch:
+            except RuntimeError as error:  # of several processes the others would wait for this one's gradients
+                if not out_of_memory(error) or done.pieces >= stage.batch or self.ranks.world > 1:
                     raise
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             done.pieces = more_pieces(stage.batch, done.pieces)
+
+    def _unshared(self) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are summed over processes with the last piece of a batch."""
+        return self.network.no_sync() if self.ranks.world > 1 else contextlib.nullcontext()
 
     def _backward(self, stage: Stage, number: int, first: int, count: int) -> Tensor:
         """Add the gradients of a piece of the batch; returns its share of the loss."""
@@ -321,10 +363,10 @@ class Trainer:
                 self.config, stage.mask, self._seed("train"), number, first * each, count * each, stage.batch * each, self.device
             )
         with record_function("maskdm: forward"), autocast(self.device, self.precision):
-            loss = masked_denoising_loss(self.network, self.config.diffusion, images, labels, draws)
+            loss = masked_denoising_loss(self.model, self.config.diffusion, images, labels, draws, self.network)
         with record_function("maskdm: backward"):
             total = loss.total * (count / stage.batch)
-            self.scaler.scale(total).backward()
+            self.scaler.scale(total * self.ranks.world).backward()  # torch divides by the number of processes
         return total.detach()
 
 

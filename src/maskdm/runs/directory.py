@@ -30,6 +30,8 @@ class RunDirectory:
         self.path = path
         self.say: Callable[[str], None] | None = None
         """Where a running run says that it cannot write; None: that is an error."""
+        self.writes = True
+        """Whether this process writes here: of several only the first."""
         self._failing: set[str] = set()
         self._unwritten = ""
         self.config_file = path / "config.yaml"
@@ -87,7 +89,8 @@ class RunDirectory:
 
     def write_config(self, config: Config) -> None:
         """Store the configuration."""
-        write_text(self.config_file, to_yaml(config))
+        if self.writes:
+            write_text(self.config_file, to_yaml(config))
 
     def info(self) -> dict[str, Any]:
         """The content of run.json."""
@@ -99,7 +102,8 @@ class RunDirectory:
 
     def write_info(self, info: dict[str, Any]) -> None:
         """Store run.json."""
-        write_text(self.run_file, json.dumps(info, indent=1, ensure_ascii=False))
+        if self.writes:
+            write_text(self.run_file, json.dumps(info, indent=1, ensure_ascii=False))
 
     @contextmanager
     def alone(self) -> Generator[None]:
@@ -128,6 +132,8 @@ class RunDirectory:
 
     def attempt(self, what: str, write: Callable[[], object]) -> bool:
         """Write something; where the disk refuses and the run goes on, say so, once until it can be written again."""
+        if not self.writes:
+            return True
         try:
             write()
         except OSError as error:
@@ -167,7 +173,7 @@ class RunDirectory:
 
     def forget_after(self, step: int) -> None:
         """Drop the log's lines of steps later than `step`, which a resumed run does again, and a half-written last line."""
-        if not self.metrics_log.is_file():
+        if not self.writes or not self.metrics_log.is_file():
             return
         kept: list[str] = []
         for line in self.metrics_log.read_text(encoding="utf-8").split("\n"):

@@ -33,6 +33,10 @@ GRID_ROWS, GRID_COLUMNS = 10, 5
 STRIP_ROWS, STRIP_COLUMNS = 6, 10
 
 
+SAVING = 600.0
+"""Seconds that a checkpoint may take; so long the other processes wait."""
+
+
 class Unsound(Exception):
     """Steps go wrong one after another, or weights are no numbers."""
 
@@ -64,7 +68,10 @@ class Observer:
         run.say = note
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
-        self.trackers = Trackers(config.tracking, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
+        self.ranks = trainer.ranks
+        self.trackers = Trackers(
+            config.tracking if run.writes else (), run.path, trainer.progress.step, to_plain(config), self._tracker_failed
+        )
         self.trackers.text("config", to_yaml(config), trainer.progress.step)
         self.switch = Switch(trainer, self.watch.loss)
         self._sums = torch.zeros(3, device=trainer.device)  # of losses, their number, and the last gradient norm: of good steps
@@ -73,7 +80,7 @@ class Observer:
         self._snapshots = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
         self._waited = 0.0
-        self._ceiling = matrix_ceiling(trainer.device, trainer.precision)
+        self._ceiling = matrix_ceiling(trainer.device, trainer.precision) * trainer.ranks.world
         self._pieces = 0
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
@@ -154,7 +161,7 @@ class Observer:
 
     def go_back(self, reason: str) -> None:
         """Take up the last checkpoint again, with other images and other noise from there on. Raises Diverged where that has not helped."""
-        saved, _ = checkpoint.load_latest(self.run.checkpoints)
+        saved, _ = self.ranks.after_first(lambda: checkpoint.load_latest(self.run.checkpoints))
         before, advice = self.trainer.progress, "try a lower lr, or fp32"
         if saved is None:
             raise Diverged(f"{reason}; no checkpoint was written yet; {advice}")
@@ -168,7 +175,8 @@ class Observer:
         self.trainer.detour(returns)
         self.restore(saved.numbers["meter"])
         self.run.forget_after(step)
-        snapshots.forget_after(self.run.snapshots, step)
+        if self.run.writes:
+            snapshots.forget_after(self.run.snapshots, step)
         self.run.log("rollback", step, left=before.step, reason=reason, returns=returns)
         self.note(f"{reason}: back to {saved.path}, with other images and noise from there on")
         self._ends = saved.path.name.partition("-")[2].partition("-")[2] or None
@@ -238,7 +246,9 @@ class Observer:
         """Write a checkpoint. Raises Unsound where the weights are no numbers, and what was saved before stands."""
         if not self.trainer.healthy():
             raise Unsound(f"weights are no numbers after step {self.trainer.progress.step}")
-        if self.run.attempt("a checkpoint", self._save):
+        with self.ranks.at("saving", SAVING):
+            saved = self.run.attempt("a checkpoint", self._save)
+        if saved:
             self._saved = self.trainer.progress.step
             self.run.attempt(self.run.run_file.name, lambda: update_info(self.run, self.trainer, "running", None))
 
@@ -249,8 +259,9 @@ class Observer:
     def save_last(self) -> None:
         """Write what could not be written so far, and a checkpoint, if there is none of this step. Raises OSError."""
         self.run.say = None
-        self.run.flush()
-        if self._saved != self.trainer.progress.step:
+        if self.run.writes:
+            self.run.flush()
+        if self.run.writes and self._saved != self.trainer.progress.step:
             self._save()
 
     def _tracker_failed(self, name: str, error: str) -> None:
@@ -274,16 +285,23 @@ class Observer:
         return list(self.dataset.class_names) if self.config.data.conditional else []
 
     def _draw(self, num: int, labels: list[int] | None) -> NDArray[np.uint8]:
-        pipeline = make_pipeline(self.trainer.average.model, self.config, self.classes)
-        return draw_images(pipeline, self.config.sampling, range(num), labels, self.config.seed, self.trainer.precision)
+        """The processes share the work, and each has all of it."""
+        pipeline, part = make_pipeline(self.trainer.average.model, self.config, self.classes), self.ranks.part(num)
+        mine = None if labels is None else [labels[i] for i in part]
+        with self.ranks.at("drawing samples"):
+            drawn = draw_images(pipeline, self.config.sampling, part, mine, self.config.seed, self.trainer.precision)
+            return np.concatenate(self.ranks.gather(drawn))
 
     # --- the end ---
 
     def finish(self) -> None:
         """Leave the model folder, pictures and the report. Raises OSError."""
         self.save_last()
+        samples = self._final_samples()
+        if not self.run.writes:
+            return
         save_pipeline(make_pipeline(self.trainer.average.model, self.config, self.classes), self.run.model)
-        self._final_samples().save(self.run.path / "samples.png")
+        samples.save(self.run.path / "samples.png")
         self._denoising_strip().save(self.run.path / "denoising.png")
         masks = self._mask_picture()
         if masks is not None:
