@@ -133,6 +133,7 @@ ELSEWHERE = {
     "stages.one.budget.auto",  # tests/test_switch.py
     "guard.spike", "guard.patience", "guard.rollbacks",  # tests/test_guard.py
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
+    "hardware.shard",  # tests/test_distributed.py
     "evaluation.measure", "evaluation.samples", "evaluation.features", "evaluation.patience",  # tests/test_cli_evaluate.py
     "intervals.log", "intervals.evaluate", "intervals.sample", "intervals.save", "intervals.keep",
 }  # fmt: skip

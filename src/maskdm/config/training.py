@@ -116,6 +116,7 @@ class Hardware:
         "recompute in the backward pass, for less memory: off; selective, all but the matrix products; or all, a third slower",
     ] = "off"
     threads: Annotated[int, "CPU threads; 0 for all cores"] = 0
+    shard: Annotated[bool, "cut weights, averages and moments over the processes (FSDP), for models that one device does not hold"] = False
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, f"hardware.threads is {self.threads}; it must be 0 or more")

@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from maskdm.arithmetic import flops
-from maskdm.config import Budget, Config, Mask, Stage
+from maskdm.arithmetic import cost_ratio
+from maskdm.config import Budget, Config, Stage
 from maskdm.data import Feed, Loader
 from maskdm.draws import derive, draw_step
+from maskdm.engine import sharding
 from maskdm.engine.guard import Sentry, healthy
-from maskdm.engine.hardware import out_of_memory, synchronize
+from maskdm.engine.hardware import Precision, autocast, out_of_memory, synchronize
+from maskdm.engine.memory import more_pieces
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.progress import Progress, Skipped, StageProgress, Step, Verdict
 from maskdm.engine.ranks import Ranks, pieces_of
@@ -33,8 +35,6 @@ from maskdm.errors import UserError
 from maskdm.masking import num_sequences
 from maskdm.models import Denoiser
 from maskdm.objective import masked_denoising_loss
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Trainer:
@@ -50,14 +50,20 @@ class Trainer:
         self.feed = Feed(loader, device)
         self.precision: Precision = precision
         self.model = model
-        self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
+        self.cut = config.hardware.shard and self.ranks.world > 1
+        if not self.cut:
+            self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
+        self.average = Average(self.model, config.ema)
+        if self.cut:
+            for each in (self.model, self.average.model):
+                sharding.cut(each, self.ranks, device, bf16=precision == "bf16")
+        self.saver = sharding.Saver(self.ranks) if self.cut else None
         self.model.train()
         self.model.recompute(config.hardware.checkpoint_activations)
         self.network: Any = torch.compile(self.model, dynamic=False) if config.hardware.compile else self.model
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 and not self.cut:
             seldom = config.model.fuse > 0 or config.model.mask_token  # layers that not every mask needs
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False, find_unused_parameters=seldom)
-        self.average = Average(self.model, config.ema)
         self.powers = PowerAverages(self.model, config.ema.sigma_rel if config.ema.snapshots else ())
         self.optimizer = make_optimizer(self.model, config.optimizer, config.stages[0].lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -90,13 +96,15 @@ class Trainer:
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
         """Continue from a state that `tensors` and `numbers` returned."""
-        self.model.load_state_dict(tensors["model"])
-        self.average.model.load_state_dict(tensors["average"])
+        for model, file in ((self.model, "model"), (self.average.model, "average")):
+            mine = model.state_dict()
+            model.load_state_dict({name: sharding.like(value, mine[name]) for name, value in tensors[file].items()})
         parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.config.stages[0].lr)
         for key, value in tensors["optimizer"].items():
             kind, _, name = key.partition("/")
-            self.optimizer.state[parameters[name]][kind] = value.to(self.device)
+            of_weights = value.shape == parameters[name].shape and kind != "step"
+            self.optimizer.state[parameters[name]][kind] = sharding.like(value, parameters[name]) if of_weights else value.to(self.device)
         progress: dict[str, Any] = dict(numbers["progress"])
         progress["stages"] = [StageProgress(**stage) for stage in progress["stages"]]
         progress["stages"] += [StageProgress() for _ in self.config.stages[len(progress["stages"]) :]]
@@ -148,7 +156,9 @@ class Trainer:
 
     def healthy(self) -> bool:
         """Whether the weights and their averages are numbers. Waits for the device."""
-        return healthy(self.model.state_dict(), self.average.model.state_dict(), self.powers.tensors())
+        states = (self.model.state_dict(), self.average.model.state_dict(), self.powers.tensors())
+        fine = healthy(*([sharding.part(value) for value in state.values()] for state in states))
+        return self.ranks.total(torch.tensor(float(not fine), device=self.device)).item() == 0
 
     def rehearse(self) -> None:
         """Run a step of every stage that is left and forget it: what the first steps of a process cost beside is then paid."""
@@ -225,6 +235,7 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
             limit = self.config.optimizer.clip
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+            grad_norm = sharding.whole({"norm": grad_norm})["norm"]
             scale = self.scaler.get_scale()
             bad = self.sentry.judge(loss, grad_norm, overflows=self.scaler.is_enabled())
             self._apply(bad)
@@ -287,7 +298,8 @@ class Trainer:
             if not bad:
                 self.scaler.step(self.optimizer)
         else:
-            self.optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] - as torch's scaler tells it
+            told = sharding.everywhere(bad.float(), next(self.model.parameters()))
+            self.optimizer.found_inf = told  # pyright: ignore[reportAttributeAccessIssue] - as torch's scaler tells it
             self.optimizer.step()
 
     def _stay_near(self, verdict: Verdict) -> None:
@@ -345,9 +357,21 @@ class Trainer:
                 torch.cuda.empty_cache()
             done.pieces = more_pieces(stage.batch, done.pieces)
 
-    def _unshared(self) -> contextlib.AbstractContextManager[Any]:
-        """Gradients are summed over processes with the last piece of a batch."""
-        return self.network.no_sync() if self.ranks.world > 1 else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _unshared(self) -> Generator[None]:
+        """Gradients are summed over processes with the last piece of a batch alone."""
+        if self.cut:
+            self.model.set_requires_gradient_sync(False)  # pyright: ignore - of FSDPModule, which `cut` has made it
+            yield
+            self.model.set_requires_gradient_sync(True)  # pyright: ignore
+        else:
+            with self.network.no_sync() if self.ranks.world > 1 else contextlib.nullcontext():
+                yield
+
+    def template(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of all names that a state may have, cut as this one's."""
+        moments = {f"{key}/{name}": p for name, p in self.model.named_parameters() for key in ("exp_avg", "exp_avg_sq")}
+        return self.tensors() | {"optimizer": moments}
 
     def _backward(self, stage: Stage, number: int, first: int, count: int) -> Tensor:
         """Add the gradients of a piece of the batch; returns its share of the loss."""
@@ -368,24 +392,3 @@ class Trainer:
             total = loss.total * (count / stage.batch)
             self.scaler.scale(total * self.ranks.world).backward()  # torch divides by the number of processes
         return total.detach()
-
-
-def cost_ratio(config: Config, mask: Mask, other: Mask) -> float:
-    """Arithmetic of an image under a mask over that under another."""
-    return flops(config, mask, 1) / flops(config, other, 1)
-
-
-def more_pieces(batch: int, pieces: int) -> int:
-    """At least twice as many pieces, of equal size."""
-    return next(count for count in range(2 * pieces, batch + 1) if batch % count == 0) if 2 * pieces <= batch else batch
-
-
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """Half-precision arithmetic around fp32 weights, where asked for."""
-    match precision:
-        case "fp32":
-            return contextlib.nullcontext()
-        case "bf16":
-            return torch.autocast(device.type, torch.bfloat16)
-        case "fp16":
-            return torch.autocast(device.type, torch.float16)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskdm.config import Config
 from maskdm.data import Dataset
-from maskdm.engine import Step, Trainer, autocast
+from maskdm.engine import Step, Trainer, autocast, sharding
 from maskdm.evaluation import DenoisingLoss, Estimate, Extractor, ImageSet, denoising_loss, kernel_distance
 from maskdm.evaluation.denoising import BATCH
 from maskdm.runs.directory import RunDirectory
@@ -114,7 +114,10 @@ class Watch:
             value = math.inf  # no better than any other; a NaN would be the best there is from now on
         self._since = 0 if value < self._stage_best else self._since + 1
         self._stage_best = min(value, self._stage_best)
-        if value < self._best and self.run.attempt("the best weights", lambda: save_best(self.run, self.trainer, measure, value)):
+        if value >= self._best:
+            return
+        averaged = sharding.whole(self.trainer.average.model.state_dict())
+        if self.run.attempt("the best weights", lambda: save_best(self.run, self.trainer, averaged, measure, value)):
             self._best = value
             self.run.log("best", step.number, stage=step.stage.name, measure=measure, value=value)
 
@@ -122,7 +125,9 @@ class Watch:
         """Of an even part of the rows, in batches that the processes share."""
         some = rows[np.linspace(0, len(rows) - 1, min(MEASURED, len(rows))).astype(np.int64)]
         errors: dict[int, Tensor] = {}
-        for start in range(0, len(some), BATCH)[self.ranks.rank :: self.ranks.world]:
+        starts, world = range(0, len(some), BATCH), self.ranks.world
+        for turn in range(0, len(starts), world):  # as many in each, and some twice: a network that is cut computes in step
+            start = starts[min(turn + self.ranks.rank, len(starts) - 1)]
             pixels, labels = images_and_labels(self.config, self.dataset, some[start : start + BATCH], self.trainer.device)
             with autocast(self.trainer.device, self.trainer.precision):
                 model, diffusion = self.trainer.average.model, self.config.diffusion
