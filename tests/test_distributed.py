@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from maskdm.cli import run_command
+from maskdm.engine import checkpoint
 from maskdm.engine.ranks import Ranks, first_host, pieces_of
 
 STEPS = 50
@@ -163,6 +165,57 @@ def test_when_one_hangs_the_others_end_within_a_minute(stops: str, tmp_path: Pat
         ("no sign of life" if stops == "the process" else "has not moved for") in said and "process 1" in said and "Traceback" not in said
     )
     finish(both)
+
+
+def test_a_network_cut_over_processes_trains_as_a_whole_one(alone: Path, tmp_path: Path, cache: str) -> None:
+    out = tmp_path / "run"
+    cut = start(3, out, cache, "--shard", "true")
+    wait_for(out, 22, cut)
+    for process in cut:
+        process.send_signal(signal.SIGTERM)
+    ended = finish(cut)
+    assert [code for code, _, _ in ended] == [130] * 3, ended
+    for path in (out / "checkpoints").iterdir():
+        names = sorted(file.name for file in path.iterdir())
+        assert len(names) == 5 and names[0] == "manifest.json" and all(name.endswith(".safetensors") for name in names[1:])  # no pickle
+    ended = finish(start(2, out, cache, "--shard", "true"))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 1))
+    for event in ("train", "heldout"):
+        for a, b in zip(lines(alone, event), lines(out, event), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+    assert (out / "samples.png").is_file()
+    drawn = tmp_path / "drawn"
+    assert run_command(["sample", str(out), "--num", "2", "--steps", "2", "--out", str(drawn)]) == 0
+    theirs = checkpoint.load(alone / "checkpoints" / "step-00000050-finetune").tensors
+    ours = checkpoint.load(out / "checkpoints" / "step-00000050-finetune").tensors
+    assert ours.keys() == theirs.keys() and all(ours[file].keys() == theirs[file].keys() for file in ours)
+    assert all((ours["average"][name] - value).abs().max() < 1e-3 for name, value in theirs["average"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 2)])
+def test_a_cut_network_goes_on_whole_and_a_whole_one_cut(worlds: tuple[int, int], alone: Path, tmp_path: Path, cache: str) -> None:
+    out = tmp_path / "run"
+    first = start(worlds[0], out, cache, "--shard", "true")
+    wait_for(out, 22, first)
+    for process in first:
+        process.send_signal(signal.SIGTERM)
+    finish(first)
+    ended = finish(start(worlds[1], out, cache, "--shard", "true"))
+    assert [code for code, _, _ in ended] == [0] * worlds[1], ended
+    for a, b in zip(lines(alone), lines(out), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_cut_network_learns_in_bf16_and_in_pieces(alone: Path, tmp_path: Path, cache: str) -> None:
+    out = tmp_path / "run"
+    pieces = ["--pretrain.accumulate", "3", "--finetune.accumulate", "3"]
+    ended = finish(start(2, out, cache, "--shard", "true", "--precision", "bf16", *pieces))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    for a, b in zip(lines(alone), lines(out), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.03)
 
 
 def test_a_batch_too_small_is_refused(tmp_path: Path, cache: str) -> None:

@@ -277,18 +277,11 @@ class Observer:
         """Put a checkpoint in its place that all have written."""
         if self.trainer.saver is None:
             return
-        failed: list[OSError] = []
         try:
-            self.trainer.saver.finish(now)
+            if self.trainer.saver.finish(now) and self.run.writes:
+                checkpoint.rotate(self.run.checkpoints, self.config.intervals.keep)
         except OSError as error:
-            failed.append(error)
-
-        def rotate() -> None:
-            for error in failed:
-                raise error
-            checkpoint.rotate(self.run.checkpoints, self.config.intervals.keep)
-
-        self.run.attempt("a checkpoint", rotate)
+            self.run.failed("a checkpoint", error)
 
     def save_last(self) -> None:
         """Write what could not be written so far, and a checkpoint, if there is none of this step. Raises OSError."""
