@@ -245,7 +245,7 @@ class Trainer:
             if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the averages must not count it
                 self.average.update(self.model, done.steps)
                 self.powers.update(self.model)
-        self._stay_near(Verdict(bad, loss, grad_norm, told, number, self.progress.images, stage))
+        self._stay_near(Verdict(bad, loss, grad_norm, told, number, self.progress.images, stage, done))
         done.steps += 1
         done.images += stage.batch
         self.progress.step += 1
@@ -324,7 +324,7 @@ class Trainer:
         if verdict.told is not None:
             stopping, seconds = verdict.told.tolist()
             self.stopping = self.stopping or stopping > 0
-            next(d for s, d in zip(self.config.stages, self.progress.stages, strict=True) if s is verdict.stage).seconds += seconds
+            verdict.done.seconds += seconds
         if not verdict.bad:
             self.bad_in_a_row = 0
             return
