@@ -213,3 +213,20 @@ def test_healthy() -> None:
     assert healthy({"a": torch.ones(3), "b": torch.ones(2, dtype=torch.int64)}, {"c": torch.zeros(1)})
     assert not healthy({"a": torch.ones(3)}, {"c": torch.tensor([1.0, math.nan])})
     assert not healthy({"a": torch.tensor([math.inf])})
+
+
+@pytest.mark.slow
+def test_a_nan_at_step_100_costs_no_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ["--model.width", "64", "--depth", "5", "--pretrain.budget.steps", "300", "--finetune.budget.steps", "300"]
+    minutes = ["--pretrain.budget.minutes", "none", "--finetune.budget.minutes", "none"]
+    found: dict[str, float] = {}
+    for name in ("without", "with"):
+        with monkeypatch.context() as patch:
+            if name == "with":
+                inject(patch, SITES["a gradient is nan"], lambda trainer: trainer.progress.step == 99)
+            out = tmp_path / name
+            assert run_command(["train", "digits", "--recipe", "digits", *sizes, *minutes, "--threads", "1", "--out", str(out)]) == 0
+        found[name] = lines(out, "heldout")[-1]["loss"]
+    (skipped,) = lines(tmp_path / "with", "skipped")
+    assert skipped["step"] == 100 and len(skipped["images"]) == 128
+    assert found["with"] == pytest.approx(found["without"], rel=0.02)
