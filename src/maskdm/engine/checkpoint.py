@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +183,9 @@ def _put_together(path: Path) -> dict[str, dict[str, Tensor]]:
     for name, each in metadata.items():
         if name not in small and isinstance(each, TensorStorageMetadata):
             state[name] = torch.empty(each.size, dtype=each.properties.dtype)
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process alone
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     return grouped(state | small)
 
 

@@ -38,7 +38,8 @@ def cut(model: Denoiser, ranks: Ranks, device: torch.device, bf16: bool) -> None
     for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # the outermost too: an evaluation has no backward pass after which its weights would be cut again
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
