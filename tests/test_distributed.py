@@ -86,7 +86,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Path:
     return out
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_as_one_does(world: int, alone: Path, tmp_path: Path, cache: str) -> None:
     out = tmp_path / "run"
     ended = finish(start(world, out, cache))  # nine images a batch: shares of unequal size
@@ -103,6 +103,7 @@ def test_several_processes_train_as_one_does(world: int, alone: Path, tmp_path: 
     assert (out / "samples.png").is_file() and (out / "model").is_dir()
 
 
+@pytest.mark.slow
 def test_without_the_mean_of_the_gradients_it_would_not(alone: Path, tmp_path: Path, cache: str) -> None:
     """The defect of the published code: each process goes by its own gradients."""
     no_mean = (
@@ -116,6 +117,7 @@ def test_without_the_mean_of_the_gradients_it_would_not(alone: Path, tmp_path: P
     assert max(apart) > 1e-3
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_the_run_of_two(alone: Path, tmp_path: Path, cache: str) -> None:
     out = tmp_path / "run"
     both = start(2, out, cache)
@@ -130,6 +132,7 @@ def test_one_process_goes_on_with_the_run_of_two(alone: Path, tmp_path: Path, ca
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_when_one_is_killed_the_other_ends_and_says_so_and_the_run_resumes(alone: Path, tmp_path: Path, cache: str) -> None:
     out = tmp_path / "run"
     both = start(2, out, cache)
@@ -167,6 +170,7 @@ def test_when_one_hangs_the_others_end_within_a_minute(stops: str, tmp_path: Pat
     finish(both)
 
 
+@pytest.mark.slow
 def test_a_network_cut_over_processes_trains_as_a_whole_one(alone: Path, tmp_path: Path, cache: str) -> None:
     out = tmp_path / "run"
     cut = start(3, out, cache, "--shard", "true")

@@ -156,7 +156,7 @@ def test_a_run_that_does_not_recover_gives_up_by_name(
 ) -> None:
     inject(monkeypatch, SITES["loss is nan"], lambda trainer: trainer.progress.step >= 24)
     out = tmp_path / "run"
-    assert run_command([*TRAIN, "--guard.rollbacks", "2", "--guard.patience", "3", "--out", str(out)]) == 1
+    assert run_command([*TRAIN, "--guard.rollbacks", "2", "--guard.in_a_row", "3", "--out", str(out)]) == 1
     said = capsys.readouterr().err
     error = said.splitlines()[-1]
     assert "3 steps in a row went wrong, the last 27 (stage pretrain, loss nan" in error

@@ -92,12 +92,12 @@ class Guard:
         float | None,
         "a step is skipped whose loss or gradient norm is so many times the median of the 64 before; none: only what is no number",
     ] = 10.0
-    patience: Annotated[int, "steps skipped in a row after which the run goes back to its last checkpoint, for other images and noise"] = 5
+    in_a_row: Annotated[int, "steps skipped in a row after which the run goes back to its last checkpoint, for other images and noise"] = 5
     rollbacks: Annotated[int, "times that it goes back to the same checkpoint before it gives up"] = 3
 
     def __post_init__(self) -> None:
         require(self.spike is None or self.spike > 1, f"guard.spike is {self.spike}; it must be above 1, or none")
-        require(self.patience >= 1, f"guard.patience is {self.patience}; it must be at least 1")
+        require(self.in_a_row >= 1, f"guard.in_a_row is {self.in_a_row}; it must be at least 1")
         require(self.rollbacks >= 0, f"guard.rollbacks is {self.rollbacks}; it must be 0 or more")
 
 

@@ -126,7 +126,7 @@ class Pulse(threading.Thread):
 
     def __init__(self, store: dist.Store, rank: int, world: int) -> None:
         super().__init__(name="maskdm-pulse", daemon=True)
-        self._store, self._mine = store, store.clone()
+        self._store, self._mine = store, store.clone()  # pyright: ignore - all stores have it
         self.rank, self.world = rank, world
         self._count = self._waits = 0
         self._at: tuple[str, float, float] = ("starting", time.monotonic(), LONG)
@@ -156,6 +156,7 @@ class Pulse(threading.Thread):
                 states = {rank: self._read(rank) for rank in range(self.world)}
             except RuntimeError:  # the store went with the process, or the machine, that kept it
                 self._end("the process that keeps the others together is gone")
+                return
             now = time.monotonic()
             for rank, state in states.items():
                 if state != seen.get(rank, ("", 0.0))[0]:

@@ -79,7 +79,7 @@ class Saver:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._group = dist.new_group(backend="gloo")  # of its own: the thread that writes talks too
+        self._group: Any = dist.new_group(backend="gloo")  # of its own: the thread that writes talks too
         self._pending: Save | None = None
 
     def begin(self, folder: Path, name: str, groups: Groups, numbers: Mapping[str, Any]) -> None:

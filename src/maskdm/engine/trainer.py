@@ -152,7 +152,7 @@ class Trainer:
     @property
     def unsound(self) -> bool:
         """Whether so many steps in a row were bad that going on is of no use."""
-        return self.bad_in_a_row >= self.config.guard.patience
+        return self.bad_in_a_row >= self.config.guard.in_a_row
 
     def healthy(self) -> bool:
         """Whether the weights and their averages are numbers. Waits for the device."""
@@ -370,7 +370,7 @@ class Trainer:
 
     def template(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of all names that a state may have, cut as this one's."""
-        moments = {f"{key}/{name}": p for name, p in self.model.named_parameters() for key in ("exp_avg", "exp_avg_sq")}
+        moments: dict[str, Tensor] = {f"{key}/{name}": p for name, p in self.model.named_parameters() for key in ("exp_avg", "exp_avg_sq")}
         return self.tensors() | {"optimizer": moments}
 
     def _backward(self, stage: Stage, number: int, first: int, count: int) -> Tensor:

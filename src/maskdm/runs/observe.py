@@ -24,7 +24,7 @@ from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
 from maskdm.runs.plan import stage_records
 from maskdm.runs.sample import draw_images
-from maskdm.runs.store import checkpoint_name, checkpoint_numbers, make_pipeline, save_checkpoint, save_pipeline
+from maskdm.runs.store import checkpoint_name, checkpoint_numbers, load_state, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
 from maskdm.sampling import seeded
 from maskdm.settings import to_plain, to_yaml

@@ -85,7 +85,9 @@ class Watch:
             found |= {f"heldout/t={level['t']:.0f}": level["loss"] for level in new.levels}
         if self._judge is not None:
             drawn = self.draw(settings.samples, natural_labels(self.config, self.dataset, self.training, settings.samples))
-            distance, features = self.ranks.from_first(self._distance(drawn, self._judge) if self.ranks.first else None)
+            measured = self.ranks.from_first(self._distance(drawn, self._judge) if self.ranks.first else None)
+            assert measured is not None  # the first has it
+            distance, features = measured
             figures = {"kernel_distance": distance.value, "kernel_distance_interval": [distance.low, distance.high]}
             self.run.log("evaluate", step.number, **where, **figures, num_samples=settings.samples, features=features)
             found["evaluate/kernel_distance"] = distance.value
