@@ -14,9 +14,10 @@ PUBLIC = {
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "haar", "inverse_haar", "patchify", "unpatchify"],
     "maskdm.engine": [
-        "Average", "Checkpoint", "Machine", "PowerAverages", "Precision", "Probe", "Progress", "Ranks", "StageProgress", "Step",
+        "Average", "Checkpoint", "Lost", "Machine", "PowerAverages", "Precision", "Probe", "Progress", "Ranks", "Skipped", "StageProgress",
+        "Step",
         "Switch", "Trainer",
-        "Transfer", "autocast", "available_memory", "environment", "give_back_freed_memory", "join_ranks", "keep_freed_memory",
+        "Transfer", "autocast", "available_memory", "environment", "give_back_freed_memory", "joined", "keep_freed_memory",
         "learning_rate", "make_optimizer", "matrix_ceiling", "more_pieces", "out_of_memory", "peak_memory", "reset_peak_memory",
         "this_machine", "transfer",
     ],
@@ -31,7 +32,7 @@ PUBLIC = {
     "maskdm.recipes": ["OFFERED", "RECIPES", "Choice", "choose", "recipe"],
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
-        "CompareRequest", "Display", "Diverged", "EvaluateRequest", "Interrupted", "SampleRequest", "SweepRequest", "TrainRequest",
+        "CompareRequest", "Display", "Diverged", "EvaluateRequest", "Interrupted", "Lost", "SampleRequest", "SweepRequest", "TrainRequest",
         "compare", "compare_reports", "describe_data", "ema_sweep", "evaluate", "parse_lengths", "plan", "report_run", "sample_run",
         "train",
     ],

@@ -131,7 +131,9 @@ CHANGES: dict[str, str] = {
 ELSEWHERE = {
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
     "stages.one.budget.auto",  # tests/test_switch.py
+    "guard.spike", "guard.in_a_row", "guard.rollbacks",  # tests/test_guard.py
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
+    "hardware.shard",  # tests/test_distributed.py
     "evaluation.measure", "evaluation.samples", "evaluation.features", "evaluation.patience",  # tests/test_cli_evaluate.py
     "intervals.log", "intervals.evaluate", "intervals.sample", "intervals.save", "intervals.keep",
 }  # fmt: skip

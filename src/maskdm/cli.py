@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from maskdm import __version__
 from maskdm.config import GuideName, SchedulerName
-from maskdm.errors import UserError
+from maskdm.errors import UserError, of_storage
 from maskdm.recipes import OFFERED
 
 Data = Annotated[
@@ -264,9 +264,9 @@ def run_command(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             return _fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}", 2)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if not of_storage(error):
             raise
-        return _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; free some space and run the same command again", 1)
+        return _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; mend that, and the same command goes on", 1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -390,9 +390,11 @@ def _train(verb: Train, settings: list[tuple[str, str]], arguments: list[str]) -
 
     request = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings), verb.dry_run, verb.fork)
     try:
-        print(runs.train(request, shlex.join(["maskdm", *arguments]), runs.Display()))
+        said = runs.train(request, shlex.join(["maskdm", *arguments]), runs.Display())
+        if said:  # in the first of several processes
+            print(said)
     except runs.Interrupted as stop:
         return _fail(str(stop), 130)
-    except runs.Diverged as failure:
+    except (runs.Diverged, runs.Lost) as failure:
         return _fail(str(failure), 1)
     return 0

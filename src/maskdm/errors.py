@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(Exception):
     """Bad input. The message is one line naming the file, key or value and the way out; exit code 2."""
@@ -13,3 +15,11 @@ def nearest(word: str, choices: list[str]) -> str:
 
     match = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""
+
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENODEV}
+
+
+def of_storage(error: OSError) -> bool:
+    """Whether the disk, and not the program, is what failed: full, over quota, read-only, broken, gone."""
+    return error.errno in _STORAGE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,12 @@ def masked_denoising_loss(
     images: UInt8[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"] | None,
     draws: Draws,
+    network: Any = None,
 ) -> Loss:
     """E || target_tau - model(x_t restricted to tau, positions of tau, t) ||^2 over the kept patches tau, mean per element.
 
     Only patches that enter are noised, and the model sees nothing else; the loss is of those that come out. With every patch kept this is
-    the ordinary loss.
+    the ordinary loss. network: the model as it is run, compiled or in several processes; as it is if left out.
     """
     pixels = flip(images, draws.flip)
     if draws.reduced > 1:
@@ -46,7 +48,7 @@ def masked_denoising_loss(
     noised = add_noise(diffusion, x0, draws.noise, draws.t)
     if labels is not None:
         labels = drop_labels(labels, draws.drop, null=model.num_classes)
-    output = model(noised.x_t, draws.t, labels, draws.kept, draws.route, reduced=draws.reduced).sample
+    output = (network or model)(noised.x_t, draws.t, labels, draws.kept, draws.route, reduced=draws.reduced).sample
     output, target, route = output.float(), noised.target, draws.route
     extra = 0.0
     if route is not None and route.reconstruct is not None:

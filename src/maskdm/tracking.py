@@ -12,6 +12,7 @@ import netrc
 import os
 import re
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -69,12 +70,24 @@ class Tracker(Protocol):
         ...
 
 
+def _quieten_the_thread() -> None:
+    """TensorBoard writes in a thread, which prints a traceback where the disk refuses; the next call raises the same, and that is said."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard")):
+            before(args)
+
+    threading.excepthook = hook
+
+
 class TensorBoard:
     """Event files in RUN/tensorboard; figures of steps that a resumed run does again are purged."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _quieten_the_thread()
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

@@ -18,7 +18,7 @@ from maskdm.config.network import (
     UniformWeight,
     UViTConfig,
 )
-from maskdm.config.training import Ema, Evaluation, Hardware, Intervals, Optimizer, Sampling, Stage, TrackerName
+from maskdm.config.training import Ema, Evaluation, Guard, Hardware, Intervals, Optimizer, Sampling, Stage, TrackerName
 from maskdm.errors import UserError
 
 
@@ -33,6 +33,7 @@ class Config:
     optimizer: Annotated[Optimizer, "AdamW"] = field(default_factory=Optimizer)
     ema: Annotated[Ema, "average of the weights"] = field(default_factory=Ema)
     hardware: Annotated[Hardware, "device and precision"] = field(default_factory=Hardware)
+    guard: Annotated[Guard, "what is done about steps that go wrong"] = field(default_factory=Guard)
     intervals: Annotated[Intervals, "how often what happens"] = field(default_factory=Intervals)
     evaluation: Annotated[Evaluation, "what is measured during training"] = field(default_factory=Evaluation)
     sampling: Annotated[Sampling, "how samples are drawn"] = field(default_factory=Sampling)

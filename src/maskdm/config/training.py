@@ -85,6 +85,23 @@ class Ema:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What is done about steps that go wrong: they are not applied, and after several in a row the run goes back."""
+
+    spike: Annotated[
+        float | None,
+        "a step is skipped whose loss or gradient norm is so many times the median of the 64 before; none: only what is no number",
+    ] = 10.0
+    in_a_row: Annotated[int, "steps skipped in a row after which the run goes back to its last checkpoint, for other images and noise"] = 5
+    rollbacks: Annotated[int, "times that it goes back to the same checkpoint before it gives up"] = 3
+
+    def __post_init__(self) -> None:
+        require(self.spike is None or self.spike > 1, f"guard.spike is {self.spike}; it must be above 1, or none")
+        require(self.in_a_row >= 1, f"guard.in_a_row is {self.in_a_row}; it must be at least 1")
+        require(self.rollbacks >= 0, f"guard.rollbacks is {self.rollbacks}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
 class Hardware:
     """How the arithmetic is done."""
 
@@ -99,6 +116,7 @@ class Hardware:
         "recompute in the backward pass, for less memory: off; selective, all but the matrix products; or all, a third slower",
     ] = "off"
     threads: Annotated[int, "CPU threads; 0 for all cores"] = 0
+    shard: Annotated[bool, "cut weights, averages and moments over the processes (FSDP), for models that one device does not hold"] = False
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, f"hardware.threads is {self.threads}; it must be 0 or more")

@@ -48,6 +48,13 @@ class Feed:
             piece = images[first : first + rows].transpose(0, 3, 1, 2)
             self._images[first : first + rows] = torch.from_numpy(piece.copy()).to(self.device)
 
+    def reorder(self, seed: int) -> None:
+        """Take the images in the order of another seed."""
+        if self._next is not None:
+            self._next[1].result()  # the loader serves one at a time
+            self._next = None
+        self.loader.reorder(seed)
+
     def batch(self, position: int, count: int) -> Batch:
         """As `Loader.batch`, on the device."""
         started = time.perf_counter()

@@ -41,6 +41,12 @@ class Loader:
         """Images in an epoch."""
         return len(self.indices)
 
+    def reorder(self, seed: int) -> None:
+        """Shuffle by another seed."""
+        if seed != self.seed:
+            self.seed = seed
+            self._orders.clear()
+
     def indices_at(self, position: int, count: int) -> NDArray[np.int64]:
         """Rows [count] at the positions [position, position + count) of the stream; an epoch ends where the next begins."""
         parts: list[NDArray[np.int64]] = []

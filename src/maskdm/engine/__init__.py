@@ -5,6 +5,8 @@ from __future__ import annotations
 from maskdm.engine.checkpoint import Checkpoint
 from maskdm.engine.hardware import (
     Machine,
+    Precision,
+    autocast,
     environment,
     give_back_freed_memory,
     keep_freed_memory,
@@ -12,22 +14,25 @@ from maskdm.engine.hardware import (
     out_of_memory,
     this_machine,
 )
-from maskdm.engine.memory import available_memory, peak_memory, reset_peak_memory
+from maskdm.engine.memory import available_memory, more_pieces, peak_memory, reset_peak_memory
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
-from maskdm.engine.ranks import Ranks, join_ranks
+from maskdm.engine.progress import Progress, Skipped, StageProgress, Step
+from maskdm.engine.ranks import Lost, Ranks, joined
 from maskdm.engine.switch import Probe, Switch
-from maskdm.engine.trainer import Precision, Progress, StageProgress, Step, Trainer, autocast, more_pieces
+from maskdm.engine.trainer import Trainer
 from maskdm.engine.weights import Transfer, transfer
 
 __all__ = [
     "Average",
     "Checkpoint",
+    "Lost",
     "Machine",
     "PowerAverages",
     "Precision",
     "Probe",
     "Progress",
     "Ranks",
+    "Skipped",
     "StageProgress",
     "Step",
     "Switch",
@@ -37,7 +42,7 @@ __all__ = [
     "available_memory",
     "environment",
     "give_back_freed_memory",
-    "join_ranks",
+    "joined",
     "keep_freed_memory",
     "learning_rate",
     "make_optimizer",

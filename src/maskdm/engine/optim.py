@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from maskdm.config import Ema, Optimizer, Stage
 from maskdm.engine.posthoc import gamma_of, kept_share
+from maskdm.engine.sharding import like
 from maskdm.models import Denoiser
 
 
@@ -45,7 +46,6 @@ class Average:
     def __init__(self, model: Denoiser, settings: Ema) -> None:
         self.settings = settings
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self._average = list(self.model.parameters())
 
     def decay(self, step: int) -> float:
         """Share of the average kept at a stage's step, counted from 0."""
@@ -55,7 +55,7 @@ class Average:
     def update(self, model: Denoiser, step: int) -> None:
         """Move the average towards `model`, after a stage's step."""
         update = get_ema_multi_avg_fn(self.decay(step))
-        update(self._average, list(model.parameters()), torch.tensor(step))  # pyright: ignore[reportArgumentType]
+        update(list(self.model.parameters()), list(model.parameters()), torch.tensor(step))  # pyright: ignore[reportArgumentType]
 
     def restart(self, model: Denoiser) -> None:
         """Make the average equal to `model`."""
@@ -103,5 +103,5 @@ class PowerAverages:
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue from a saved state of the same averages."""
         for name, mine in self.tensors().items():
-            mine.copy_(tensors[name])
+            mine.copy_(like(tensors[name], mine))
         self.time, self.began = int(numbers["time"]), int(numbers["began"])

@@ -11,118 +11,73 @@ import contextlib
 import copy
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from maskdm.arithmetic import flops
-from maskdm.config import Budget, Config, Mask, Stage
+from maskdm.arithmetic import cost_ratio
+from maskdm.config import Budget, Config, Stage
 from maskdm.data import Feed, Loader
 from maskdm.draws import derive, draw_step
-from maskdm.engine.hardware import out_of_memory, synchronize
+from maskdm.engine import sharding
+from maskdm.engine.guard import Sentry, healthy
+from maskdm.engine.hardware import Precision, autocast, out_of_memory, synchronize
+from maskdm.engine.memory import more_pieces
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
+from maskdm.engine.progress import Progress, Skipped, StageProgress, Step, Verdict
+from maskdm.engine.ranks import Ranks, pieces_of
+from maskdm.errors import UserError
 from maskdm.masking import num_sequences
 from maskdm.models import Denoiser
 from maskdm.objective import masked_denoising_loss
-
-Precision = Literal["fp32", "bf16", "fp16"]
-
-
-@dataclass
-class StageProgress:
-    """What a stage has done: optimizer steps, training images, seconds inside steps; and whether it was ended before its budget.
-
-    `terms`: the budget and patience under which it was ended; under others it goes on. `pieces`: what its batches are
-    computed in, more than `asked` for where memory ran out; 0: it has not begun.
-    """
-
-    steps: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    ended: bool = False
-    terms: dict[str, Any] | None = None
-    pieces: int = 0
-    asked: int = 0
-    probes: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
-
-    def probed(self, what: Literal["steps", "images", "seconds"]) -> float:
-        """What probes have spent of the stage's budget, in its own steps and images (`switch`)."""
-        return float(sum(probe[what] for probe in self.probes))
-
-    def share(self, budget: Budget) -> float:
-        """Part of the budget used up, 0..1: that of the limit nearest to its end."""
-        used = (
-            (self.steps + self.probed("steps"), budget.steps),
-            (self.images + self.probed("images"), budget.images),
-            ((self.seconds + self.probed("seconds")) / 60, budget.minutes),
-        )
-        return min(1.0, max(done / limit for done, limit in used if limit is not None))
-
-    def course(self, budget: Budget) -> float:
-        """How far the learning rate's course has run: by steps and images where they are limited, so that no clock disturbs it."""
-        timeless = Budget(budget.steps, budget.images) if budget.steps or budget.images else budget
-        return self.share(timeless)
-
-
-@dataclass
-class Progress:
-    """Where a run stands. `stage` counts up to the number of stages; `images` is the place in the data."""
-
-    stage: int = 0
-    step: int = 0
-    images: int = 0
-    stages: list[StageProgress] = field(default_factory=list[StageProgress])
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far; evaluation, sampling and saving are not counted."""
-        return sum(stage.seconds + stage.probed("seconds") for stage in self.stages)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step. Tensors are scalars left on the device, so that reading them is the caller's choice.
-
-    data_seconds: of the run so far, waiting for images. pieces: micro-batches that the batch was computed in.
-    """
-
-    number: int
-    stage: Stage
-    stage_step: int
-    share: float
-    loss: Tensor
-    grad_norm: Tensor
-    lr: float
-    images: int
-    seconds: float
-    data_seconds: float
-    pieces: int
-    ends_stage: bool
 
 
 class Trainer:
     """Runs the stages of a configuration over a loader's images."""
 
-    def __init__(self, config: Config, loader: Loader, model: Denoiser, device: torch.device, precision: Precision) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: Config, loader: Loader, model: Denoiser, device: torch.device, precision: Precision, ranks: Ranks | None = None
+    ) -> None:
+        self.config, self.device, self.ranks = config, device, ranks or Ranks()
+        for stage in config.stages:
+            if stage.batch < self.ranks.world:
+                raise UserError(f"stages.{stage.name}.batch {stage.batch} leaves some of {self.ranks.world} processes without an image")
         self.feed = Feed(loader, device)
         self.precision: Precision = precision
         self.model = model
-        self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
+        self.cut = config.hardware.shard and self.ranks.world > 1
+        if not self.cut:
+            self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
+        self.average = Average(self.model, config.ema)
+        if self.cut:
+            for each in (self.model, self.average.model):
+                sharding.cut(each, self.ranks, device, bf16=precision == "bf16")
+        self.saver = sharding.Saver(self.ranks) if self.cut else None
         self.model.train()
         self.model.recompute(config.hardware.checkpoint_activations)
         self.network: Any = torch.compile(self.model, dynamic=False) if config.hardware.compile else self.model
-        self.average = Average(self.model, config.ema)
+        if self.ranks.world > 1 and not self.cut:
+            seldom = config.model.fuse > 0 or config.model.mask_token  # layers that not every mask needs
+            self.network = DistributedDataParallel(self.network, broadcast_buffers=False, find_unused_parameters=seldom)
         self.powers = PowerAverages(self.model, config.ema.sigma_rel if config.ema.snapshots else ())
         self.optimizer = make_optimizer(self.model, config.optimizer, config.stages[0].lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.progress = Progress(stages=[StageProgress() for _ in config.stages])
         self._names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        self._ahead: deque[torch.cuda.Event] = deque()
+        self.sentry = Sentry(config.guard, device)
+        self.skipped: list[Skipped] = []
+        """Steps found bad since the caller last looked, and emptied this."""
+        self.bad_in_a_row = 0
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        self.stopping = False
+        """Whether any process had been asked to stop: the same after each step in all of them."""
+        self._clock = 0.0  # of this process; that of the first is the stages'
+        self._ahead: deque[tuple[torch.cuda.Event | None, Verdict]] = deque()
 
     # --- state ---
 
@@ -133,7 +88,7 @@ class Trainer:
             moments |= {f"{key}/{self._names[parameter]}": value for key, value in state.items()}
         state = {"model": self.model.state_dict(), "average": self.average.model.state_dict(), "optimizer": moments}
         powers = self.powers.tensors()
-        return state | {"powers": powers} if powers else state
+        return state | {"guard": self.sentry.tensors()} | ({"powers": powers} if powers else {})
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, as plain values."""
@@ -141,17 +96,23 @@ class Trainer:
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
         """Continue from a state that `tensors` and `numbers` returned."""
-        self.model.load_state_dict(tensors["model"])
-        self.average.model.load_state_dict(tensors["average"])
+        for model, file in ((self.model, "model"), (self.average.model, "average")):
+            mine = model.state_dict()
+            model.load_state_dict({name: sharding.like(value, mine[name]) for name, value in tensors[file].items()})
         parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.config.stages[0].lr)
         for key, value in tensors["optimizer"].items():
             kind, _, name = key.partition("/")
-            self.optimizer.state[parameters[name]][kind] = value.to(self.device)
+            of_weights = value.shape == parameters[name].shape and kind != "step"
+            self.optimizer.state[parameters[name]][kind] = sharding.like(value, parameters[name]) if of_weights else value.to(self.device)
         progress: dict[str, Any] = dict(numbers["progress"])
         progress["stages"] = [StageProgress(**stage) for stage in progress["stages"]]
         progress["stages"] += [StageProgress() for _ in self.config.stages[len(progress["stages"]) :]]
         self.progress = Progress(**progress)
+        self.feed.reorder(self._seed("order"))
+        self.sentry.restore(tensors.get("guard", {}))
+        self._ahead.clear()
+        self.skipped, self.bad_in_a_row = [], 0
         self._reopen()
         if numbers.get("powers", {}).get("sigma_rel") == list(self.powers.sigma_rel):
             self.powers.restore(tensors.get("powers", {}), numbers["powers"])
@@ -163,6 +124,8 @@ class Trainer:
     @contextlib.contextmanager
     def apart(self, stage: Stage | None = None) -> Generator[None]:
         """What is done inside is forgotten. With `stage` it is begun, as after the one at hand."""
+        self._catch_up()
+        kept = self.skipped, self.bad_in_a_row
         tensors = {file: {name: value.clone() for name, value in group.items()} for file, group in self.tensors().items()}
         numbers, progress = copy.deepcopy(self.numbers()), self.progress
         self.progress = copy.deepcopy(progress)
@@ -171,6 +134,31 @@ class Trainer:
         yield
         self.restore(tensors, numbers)
         self.progress = progress  # the very one: the loop holds on to its stage
+        self.skipped, self.bad_in_a_row = kept
+
+    def detour(self, returns: int) -> None:
+        """Another order of images and other draws from here on; `returns`: how often the run has come back to here."""
+        self.progress.detours += 1
+        self.progress.returns, self.progress.returned_to = returns, self.progress.step
+        self.feed.reorder(self._seed("order"))
+
+    def _seed(self, what: Literal["train", "order"]) -> int:
+        """Of the draws, or of the order of images."""
+        seed, detours = self.config.seed, self.progress.detours
+        if detours:
+            return derive(what, seed, detours)
+        return derive("train", seed) if what == "train" else seed
+
+    @property
+    def unsound(self) -> bool:
+        """Whether so many steps in a row were bad that going on is of no use."""
+        return self.bad_in_a_row >= self.config.guard.in_a_row
+
+    def healthy(self) -> bool:
+        """Whether the weights and their averages are numbers. Waits for the device."""
+        states = (self.model.state_dict(), self.average.model.state_dict(), self.powers.tensors())
+        fine = healthy(*([sharding.part(value) for value in state.values()] for state in states))
+        return self.ranks.total(torch.tensor(float(not fine), device=self.device)).item() == 0
 
     def rehearse(self) -> None:
         """Run a step of every stage that is left and forget it: what the first steps of a process cost beside is then paid."""
@@ -231,6 +219,7 @@ class Trainer:
             self.model.load_state_dict(self.average.model.state_dict())
         self.average.restart(self.model)
         self.powers.restart(self.progress.step)
+        self.sentry.restart()
         self.optimizer = make_optimizer(self.model, self.config.optimizer, stage.lr)
 
     def step(self, stage: Stage, done: StageProgress, budget: Budget) -> Step:
@@ -240,25 +229,28 @@ class Trainer:
         lr = learning_rate(stage, done.steps, done.course(budget))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._gradients(stage, done, number)
+        self.ranks.mark(f"step {number + 1}")
+        loss, told = self._tell(self._gradients(stage, done, number))
         with record_function("maskdm: optimizer"):
             self.scaler.unscale_(self.optimizer)
             limit = self.config.optimizer.clip
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+            grad_norm = sharding.whole({"norm": grad_norm})["norm"]
             scale = self.scaler.get_scale()
-            self.scaler.step(self.optimizer)
+            bad = self.sentry.judge(loss, grad_norm, overflows=self.scaler.is_enabled())
+            self._apply(bad)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
         with record_function("maskdm: average"):
             if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the averages must not count it
                 self.average.update(self.model, done.steps)
                 self.powers.update(self.model)
+        self._stay_near(Verdict(bad, loss, grad_norm, told, number, self.progress.images, stage, done))
         done.steps += 1
         done.images += stage.batch
         self.progress.step += 1
         self.progress.images += stage.batch
-        self._stay_near()
-        done.seconds += time.perf_counter() - started
+        self._spend(done, time.perf_counter() - started)
         share = done.share(budget)
         return Step(
             number=self.progress.step,
@@ -267,6 +259,7 @@ class Trainer:
             share=share,
             loss=loss,
             grad_norm=grad_norm,
+            bad=bad,
             lr=lr,
             images=done.images,
             seconds=self.progress.seconds,
@@ -279,16 +272,70 @@ class Trainer:
         """Wait for the device, on the clock of the stage: for whoever is about to read from it."""
         started = time.perf_counter()
         synchronize(self.device)
-        self.progress.stages[self.progress.stage].seconds += time.perf_counter() - started
+        self._catch_up()
+        self._spend(self.progress.stages[self.progress.stage], time.perf_counter() - started)
 
-    def _stay_near(self) -> None:
+    def _spend(self, done: StageProgress, seconds: float) -> None:
+        """Put time on a stage's clock: with several processes on the first one's, which they all go by, a step late (`_tell`)."""
+        if self.ranks.world == 1:
+            done.seconds += seconds
+        else:
+            self._clock += seconds
+
+    def _tell(self, loss: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The whole batch's loss; and of several processes how many were asked to stop, and the seconds that the first has spent."""
+        if self.ranks.world == 1:
+            self.stopping = self.asked_to_stop()
+            return loss, None
+        clock, self._clock = self._clock, 0.0
+        mine = torch.tensor([float(self.asked_to_stop()), clock if self.ranks.first else 0.0])
+        shared = self.ranks.total(torch.cat([loss[None], mine.to(self.device, non_blocking=True)]))
+        return shared[0], shared[1:]
+
+    def _apply(self, bad: Tensor) -> None:
+        """The optimizer's step, which leaves everything as it is where `bad`: told so on the device where its kernel can be."""
+        if self.scaler.is_enabled() or not self.optimizer.defaults["fused"]:  # both read from the device here in any case
+            if not bad:
+                self.scaler.step(self.optimizer)
+        else:
+            told = sharding.everywhere(bad.float(), next(self.model.parameters()))
+            self.optimizer.found_inf = told  # pyright: ignore[reportAttributeAccessIssue] - as torch's scaler tells it
+            self.optimizer.step()
+
+    def _stay_near(self, verdict: Verdict) -> None:
         """Let the host run at most two steps ahead of a GPU: enough to keep it busy, and seconds stay those of the work."""
+        event = None
         if self.device.type == "cuda":
+            verdict = verdict.on_its_way()
             event = torch.cuda.Event()
             event.record()
-            self._ahead.append(event)
-            if len(self._ahead) > 2:
-                self._ahead.popleft().synchronize()
+        self._ahead.append((event, verdict))
+        if event is None or len(self._ahead) > 2:
+            self._look(*self._ahead.popleft())
+
+    def _catch_up(self) -> None:
+        while self._ahead:
+            self._look(*self._ahead.popleft())
+
+    def _look(self, event: torch.cuda.Event | None, verdict: Verdict) -> None:
+        """Read what became of a step that the device is done with."""
+        if event is not None:
+            event.synchronize()
+        if verdict.told is not None:
+            stopping, seconds = verdict.told.tolist()
+            self.stopping = self.stopping or stopping > 0
+            verdict.done.seconds += seconds
+        if not verdict.bad:
+            self.bad_in_a_row = 0
+            return
+        self.bad_in_a_row += 1
+        stage, each = verdict.stage, num_sequences(verdict.stage.mask)
+        rows = self.feed.loader.indices_at(verdict.position, stage.batch)
+        draws = draw_step(
+            self.config, stage.mask, self._seed("train"), verdict.number, 0, stage.batch * each, stage.batch * each, self.device
+        )
+        figures = float(verdict.loss), float(verdict.grad_norm)
+        self.skipped.append(Skipped(verdict.number + 1, stage.name, *figures, rows.tolist(), draws.t.flatten().tolist()))
 
     def _gradients(self, stage: Stage, done: StageProgress, number: int) -> Tensor:
         """The gradients of a batch, and its loss. Where memory runs out it is computed in more pieces: the same step."""
@@ -296,18 +343,35 @@ class Trainer:
             done.asked = done.pieces = stage.accumulate
         while True:
             try:
-                size = stage.batch // done.pieces
+                pieces = pieces_of(self.ranks.part(stage.batch), done.pieces)
                 loss = torch.zeros((), device=self.device)
-                for first in range(0, stage.batch, size):
-                    loss += self._backward(stage, number, first, size)
+                for piece in pieces:
+                    with contextlib.nullcontext() if piece is pieces[-1] else self._unshared():
+                        loss += self._backward(stage, number, piece.start, len(piece))
                 return loss
-            except RuntimeError as error:
-                if not out_of_memory(error) or done.pieces >= stage.batch:
+            except RuntimeError as error:  # of several processes the others would wait for this one's gradients
+                if not out_of_memory(error) or done.pieces >= stage.batch or self.ranks.world > 1:
                     raise
             self.optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             done.pieces = more_pieces(stage.batch, done.pieces)
+
+    @contextlib.contextmanager
+    def _unshared(self) -> Generator[None]:
+        """Gradients are summed over processes with the last piece of a batch alone."""
+        if self.cut:
+            self.model.set_requires_gradient_sync(False)  # pyright: ignore - of FSDPModule, which `cut` has made it
+            yield
+            self.model.set_requires_gradient_sync(True)  # pyright: ignore
+        else:
+            with self.network.no_sync() if self.ranks.world > 1 else contextlib.nullcontext():
+                yield
+
+    def template(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of all names that a state may have, cut as this one's."""
+        moments: dict[str, Tensor] = {f"{key}/{name}": p for name, p in self.model.named_parameters() for key in ("exp_avg", "exp_avg_sq")}
+        return self.tensors() | {"optimizer": moments}
 
     def _backward(self, stage: Stage, number: int, first: int, count: int) -> Tensor:
         """Add the gradients of a piece of the batch; returns its share of the loss."""
@@ -319,32 +383,12 @@ class Trainer:
                 images = images.repeat_interleave(each, dim=0)  # as `draws` counts them
                 labels = None if labels is None else labels.repeat_interleave(each, dim=0)
         with record_function("maskdm: draws"):
-            seed = derive("train", self.config.seed)
-            draws = draw_step(self.config, stage.mask, seed, number, first * each, count * each, stage.batch * each, self.device)
+            draws = draw_step(
+                self.config, stage.mask, self._seed("train"), number, first * each, count * each, stage.batch * each, self.device
+            )
         with record_function("maskdm: forward"), autocast(self.device, self.precision):
-            loss = masked_denoising_loss(self.network, self.config.diffusion, images, labels, draws)
+            loss = masked_denoising_loss(self.model, self.config.diffusion, images, labels, draws, self.network)
         with record_function("maskdm: backward"):
             total = loss.total * (count / stage.batch)
-            self.scaler.scale(total).backward()
+            self.scaler.scale(total * self.ranks.world).backward()  # torch divides by the number of processes
         return total.detach()
-
-
-def cost_ratio(config: Config, mask: Mask, other: Mask) -> float:
-    """Arithmetic of an image under a mask over that under another."""
-    return flops(config, mask, 1) / flops(config, other, 1)
-
-
-def more_pieces(batch: int, pieces: int) -> int:
-    """At least twice as many pieces, of equal size."""
-    return next(count for count in range(2 * pieces, batch + 1) if batch % count == 0) if 2 * pieces <= batch else batch
-
-
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """Half-precision arithmetic around fp32 weights, where asked for."""
-    match precision:
-        case "fp32":
-            return contextlib.nullcontext()
-        case "bf16":
-            return torch.autocast(device.type, torch.bfloat16)
-        case "fp16":
-            return torch.autocast(device.type, torch.float16)

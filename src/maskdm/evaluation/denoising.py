@@ -17,6 +17,7 @@ from maskdm.evaluation.intervals import bootstrap_difference
 from maskdm.models import Denoiser
 
 LEVELS = 8
+BATCH = 128
 TIMES = tuple((level + 0.5) * NUM_STEPS / LEVELS for level in range(LEVELS))
 
 
@@ -43,16 +44,18 @@ def denoising_loss(
     diffusion: Diffusion,
     images: UInt8[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"] | None,
-    batch: int = 128,
+    batch: int = BATCH,
+    first: int = 0,
 ) -> DenoisingLoss:
     """The error of the predicted noise (whatever the target) on whole images, at eight evenly spaced times.
 
-    Noise is the same at every call, so that two measurements differ by the model alone. Images on the model's device.
+    Noise is the same at every call, so that two measurements differ by the model alone. Images on the model's device. first: where these
+    images stand among more, of which another process measures the rest; a multiple of `batch`.
     """
     parts: list[Tensor] = []
     for start in range(0, len(images), batch):
         x0 = to_model_range(images[start : start + batch])
-        generator = torch.Generator().manual_seed(derive("heldout", start))
+        generator = torch.Generator().manual_seed(derive("heldout", first + start))
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
         columns: list[Tensor] = []
         for time in TIMES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from maskdm.engine import Lost
 from maskdm.report import compare_runs, write_report
 from maskdm.runs.compare import CompareRequest, compare
 from maskdm.runs.data import describe_data
@@ -25,6 +26,7 @@ __all__ = [
     "Diverged",
     "EvaluateRequest",
     "Interrupted",
+    "Lost",
     "SampleRequest",
     "SweepRequest",
     "TrainRequest",

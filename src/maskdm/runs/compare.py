@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from maskdm.pictures import grid
 from maskdm.recipes.arms import Arm, parse_arms, rates_of
 from maskdm.runs.compare_results import Contest, Record, summarize
 from maskdm.runs.contestant import Contestant, Field, work_of
-from maskdm.runs.directory import write_text
+from maskdm.runs.directory import held, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
@@ -130,7 +131,7 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
         for arm in arms
     ]
     ruler = _Ruler(base, dataset, heldout, resolved.machine)
-    with stop_requests() as stop:
+    with held(out), stop_requests() as stop:
         _train(contestants, cost, ruler, stop, display)
         _conclude(contestants, _Judge(request, resolved, base, dataset, display), stop, display)
     contest = Contest(
@@ -207,7 +208,8 @@ def _train(contestants: list[Contestant], cost: Cost, ruler: _Ruler, stop: list[
                 with each.training() as trainer:
                     going = each.advance(trainer, cost.unit, (number + 1) / SLICES * cost.amount, stop, ruler.loss)
                     if going:
-                        each.records.append(each.spent(trainer) | ruler.measure(trainer) | {"slice": number})
+                        measured = ruler.measure(trainer) | ({"loss": math.nan} if trainer.unsound else {})
+                        each.records.append(each.spent(trainer) | measured | {"slice": number})
                     each.save(trainer)
                 if not going:
                     raise Interrupted(f"stopped by {stop[0]}, and saved; the same command resumes")

@@ -103,7 +103,7 @@ class Contestant:
         `loss` is the held-out one, by which stages end whose budget is `auto`.
         """
         steps, switch = trainer.run(), Switch(trainer, lambda: loss(trainer))
-        while self.spent(trainer)[unit] < until and not stop:
+        while self.spent(trainer)[unit] < until and not stop and not trainer.unsound:
             if next(steps, None) is None:
                 return True
             switch.after()

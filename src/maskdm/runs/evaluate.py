@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import maskdm
 from maskdm.config import Config, Data, Hardware, Sampling
 from maskdm.data import Dataset, inspect, open_source, prepare
-from maskdm.engine import Machine, Ranks, autocast, join_ranks, this_machine
+from maskdm.engine import Machine, Ranks, autocast, joined, this_machine
 from maskdm.errors import UserError
 from maskdm.evaluation import (
     Evaluation,
@@ -70,9 +70,9 @@ def evaluate(request: EvaluateRequest, display: Display) -> str:
         raise UserError(f"--num-reference is {request.num_reference}; give at least {LEAST_HELDOUT}, or leave it out for all")
     if request.out is not None and not request.out.absolute().parent.is_dir():
         raise UserError(f"--out {request.out}: there is no folder {request.out.absolute().parent}; make it first")
-    ranks = join_ranks()
-    quiet = display if ranks.first else Display(quiet=True)
-    return _evaluate_run(request, request.run, ranks, quiet) if request.run else _evaluate_images(request, ranks, quiet)
+    with joined() as ranks:
+        quiet = display if ranks.first else Display(quiet=True)
+        return _evaluate_run(request, request.run, ranks, quiet) if request.run else _evaluate_images(request, ranks, quiet)
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------

@@ -15,15 +15,16 @@ from maskdm.arithmetic import flops, tokens_per_image
 from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
 from maskdm.draws import ROWS, derive
-from maskdm.engine import Step, Switch, Trainer, autocast, matrix_ceiling, peak_memory, reset_peak_memory, snapshots
+from maskdm.engine import Step, Switch, Trainer, autocast, checkpoint, matrix_ceiling, peak_memory, reset_peak_memory, sharding, snapshots
 from maskdm.masking import draw, num_sequences
+from maskdm.models import build
 from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
 from maskdm.runs.plan import stage_records
 from maskdm.runs.sample import draw_images
-from maskdm.runs.store import latest_checkpoint, make_pipeline, save_checkpoint, save_pipeline
+from maskdm.runs.store import checkpoint_name, checkpoint_numbers, load_state, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
 from maskdm.sampling import seeded
 from maskdm.settings import to_plain, to_yaml
@@ -33,8 +34,16 @@ GRID_ROWS, GRID_COLUMNS = 10, 5
 STRIP_ROWS, STRIP_COLUMNS = 6, 10
 
 
+SAVING = 600.0
+"""Seconds that a checkpoint may take; so long the other processes wait."""
+
+
+class Unsound(Exception):
+    """Steps go wrong one after another, or weights are no numbers."""
+
+
 class Diverged(Exception):
-    """The loss or the gradient is no longer a number. Exit code 1."""
+    """They do so from the last checkpoint on, whatever is tried. Exit code 1."""
 
 
 def update_info(run: RunDirectory, trainer: Trainer, status: str, error: str | None) -> None:
@@ -57,33 +66,38 @@ class Observer:
         note: Callable[[str], None],
     ) -> None:
         self.note = note
+        run.say = note
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
-        self.trackers = Trackers(config.tracking, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
+        self.ranks, self.network = trainer.ranks, trainer.average.model
+        self.trackers = Trackers(
+            config.tracking if run.writes else (), run.path, trainer.progress.step, to_plain(config), self._tracker_failed
+        )
         self.trackers.text("config", to_yaml(config), trainer.progress.step)
         self.switch = Switch(trainer, self.watch.loss)
-        self._losses = torch.zeros((), device=trainer.device)
-        self._count = 0
+        self._sums = torch.zeros(3, device=trainer.device)  # of losses, their number, and the last gradient norm: of good steps
         self._saved = -1
+        self._ends: str | None = None  # the stage that the latest step has ended
         self._snapshots = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
         self._waited = 0.0
-        self._ceiling = matrix_ceiling(trainer.device, trainer.precision)
+        self._ceiling = matrix_ceiling(trainer.device, trainer.precision) * trainer.ranks.world
         self._pieces = 0
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
 
     def meter(self) -> dict[str, Any]:
-        """Sum and number of the losses since the last line of metrics, and the best evaluation."""
-        return {"losses": float(self._losses), "count": self._count, "watch": self.watch.state()}
+        """Sum and number of the losses since the last line of metrics, the last gradient norm, and the best evaluation."""
+        losses, count, grad_norm = self._sums.tolist()
+        return {"losses": losses, "count": count, "grad_norm": grad_norm, "watch": self.watch.state()}
 
     def restore(self, meter: Mapping[str, Any]) -> None:
         """Continue with a saved meter."""
         if "watch" in meter:
             self.watch.restore(meter["watch"])
-        self._losses.fill_(meter["losses"])
-        self._count = int(meter["count"])
+        self._sums.copy_(torch.tensor([meter["losses"], meter["count"], meter.get("grad_norm", 0.0)]))
         progress = self.trainer.progress
+        self._saved = progress.step
         if progress.stage < len(progress.stages):
             self._speed = (progress.stages[progress.stage].images, progress.seconds)
             self._pieces = progress.stages[progress.stage].pieces
@@ -100,8 +114,7 @@ class Observer:
             self._pieces = step.stage.accumulate
             self.watch.enter_stage()
             self._snapshots = 0
-        self._losses += step.loss
-        self._count += 1
+        self._sums = torch.where(step.bad, self._sums, torch.stack([self._sums[0] + step.loss, self._sums[1] + 1, step.grad_norm]))
         grew = step.pieces > self._pieces
         if grew:
             self._say_pieces(step)
@@ -109,13 +122,15 @@ class Observer:
         if step.number % every.log == 0 or step.ends_stage or step.stage_step == 1:
             self.trainer.settle()
             self._log(step, bar)
+        self._look_after()
         ends = step.ends_stage or self._probe(step)
+        self._ends = step.stage.name if ends else None
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
             self.trackers.scalars(self.watch.evaluate(step), step.number)
             self.trackers.histograms(lambda: network_histograms(self.trainer.model, self.trainer.optimizer), step.number)
             if not ends and self.watch.gives_up(step):
                 self.trainer.end_stage()
-                ends = True
+                ends, self._ends = True, step.stage.name
             reset_peak_memory(self.trainer.device)  # of training steps alone
         if (every.sample and step.number % every.sample == 0) or ends:
             self._sample(step)
@@ -124,7 +139,50 @@ class Observer:
         if early or self._due(step.share) > self._snapshots:  # before the checkpoint: what that has passed is on disk
             self._snapshot(step)
         if step.number % every.save == 0 or ends or grew:  # a resumed run must take up the pieces, or its sums are rounded otherwise
-            self.save(step, ends)
+            self.save()
+
+    def _look_after(self) -> None:
+        """Say which steps were not applied. Raises Unsound where there are too many."""
+        for each in self.trainer.skipped:
+            names = [self.dataset.name_of(row) for row in each.rows]
+            figures = {
+                name: value if math.isfinite(value) else str(value) for name, value in (("loss", each.loss), ("grad_norm", each.grad_norm))
+            }
+            self.run.log("skipped", each.number, stage=each.stage, **figures, images=names, times=each.times)
+            first = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+            self.note(
+                f"step {each.number} is skipped: loss {each.loss:.4g}, gradient norm {each.grad_norm:.4g} "
+                f"({first}: the batch and its noise levels are in {self.run.metrics_log.name})"
+            )
+        last = self.trainer.skipped[-1] if self.trainer.skipped else None
+        self.trainer.skipped.clear()
+        if last is not None and self.trainer.unsound:
+            found = f"loss {last.loss:.4g}, gradient norm {last.grad_norm:.4g}"
+            raise Unsound(f"{self.trainer.bad_in_a_row} steps in a row went wrong, the last {last.number} (stage {last.stage}, {found})")
+
+    def go_back(self, reason: str) -> None:
+        """Take up the last checkpoint again, with other images and other noise from there on. Raises Diverged where that has not helped."""
+        self._finish_save(now=True)
+        saved = load_state(self.trainer, self.run)[0]
+        before, advice = self.trainer.progress, "try a lower lr, or fp32"
+        if saved is None:
+            raise Diverged(f"{reason}; no checkpoint was written yet; {advice}")
+        step = int(saved.numbers["progress"]["step"])
+        returns = before.returns + 1 if before.detours and before.returned_to == step else 1
+        if returns > self.config.guard.rollbacks:
+            tried = f"went back to {saved.path} {returns - 1} times, for other images and noise" if returns > 1 else f"{saved.path} stands"
+            raise Diverged(f"{reason}; {tried}; {advice}")
+        self.trainer.restore(saved.tensors, saved.numbers)
+        self.trainer.progress.detours = before.detours
+        self.trainer.detour(returns)
+        self.restore(saved.numbers["meter"])
+        self.run.forget_after(step)
+        if self.run.writes:
+            snapshots.forget_after(self.run.snapshots, step)
+        self.run.log("rollback", step, left=before.step, reason=reason, returns=returns)
+        self.note(f"{reason}: back to {saved.path}, with other images and noise from there on")
+        self._ends = saved.path.name.partition("-")[2].partition("-")[2] or None
+        self.save()
 
     def _probe(self, step: Step) -> bool:
         """Whether a probe that was due has ended the stage."""
@@ -149,26 +207,29 @@ class Observer:
         return int(share * self.config.ema.snapshots + 1e-9)
 
     def _snapshot(self, step: Step) -> None:
-        self._check_finite(step)
         self._snapshots = self._due(step.share)
         if self.trainer.powers.time:  # 0 where fp16 has skipped every step so far
-            snapshots.save(self.run.snapshots / step.stage.name, self.trainer.powers, step.number, step.stage_step)
+            folder = self.run.snapshots / step.stage.name
+            powers, all_of_it = self.trainer.powers, sharding.whole(self.trainer.powers.tensors())
+            self.run.attempt("snapshots", lambda: snapshots.save(folder, powers, step.number, step.stage_step, all_of_it))
 
     def _stage_seconds(self) -> float:
         return self.trainer.progress.stages[self.trainer.progress.stage].seconds
 
     def _log(self, step: Step, bar: TrainingBar) -> None:
-        self._check_finite(step)
-        loss = float(self._losses) / self._count
+        self._finish_save(now=False)
+        losses, count, grad_norm = self._sums.tolist()
+        if count == 0:  # every step since the last line was skipped, which has been said
+            return
+        loss = losses / count
         images, seconds = step.images - self._speed[0], self.trainer.progress.seconds - self._speed[1]
-        figures = {"loss": loss, "lr": step.lr, "grad_norm": float(step.grad_norm)} | self._speeds(step, images, max(seconds, 1e-9))
+        figures = {"loss": loss, "lr": step.lr, "grad_norm": grad_norm} | self._speeds(step, images, max(seconds, 1e-9))
         self.run.log(
             "train", step.number, stage=step.stage.name, stage_step=step.stage_step, images=step.images, seconds=step.seconds, **figures
         )
         self.trackers.scalars({f"train/{name}": value for name, value in figures.items()}, step.number)
         bar.update(step.stage.name, step.share, step.stage_step, self._stage_seconds(), figures)
-        self._losses.zero_()
-        self._count = 0
+        self._sums[:2] = 0
         self._speed = (step.images, self.trainer.progress.seconds)
 
     def _speeds(self, step: Step, images: int, seconds: float) -> dict[str, float]:
@@ -185,24 +246,51 @@ class Observer:
         reset_peak_memory(self.trainer.device)
         return found
 
-    def _check_finite(self, step: Step) -> None:
-        for name, value in (("loss", float(step.loss)), ("gradient norm", float(step.grad_norm))):
-            if not math.isfinite(value) and not (self.trainer.scaler.is_enabled() and name == "gradient norm"):
-                latest = latest_checkpoint(self.run)
-                stands = f"{latest} stands" if latest else "no checkpoint was written yet"
-                raise Diverged(f"the {name} is {value} at step {step.number} (stage {step.stage.name}); {stands}; try a lower lr, or fp32")
+    def save(self) -> None:
+        """Write a checkpoint. Raises Unsound where the weights are no numbers, and what was saved before stands."""
+        if not self.trainer.healthy():
+            raise Unsound(f"weights are no numbers after step {self.trainer.progress.step}")
+        with self.ranks.at("saving", SAVING):
+            saved = self.run.attempt("a checkpoint", self._save) if self.trainer.saver is None else self._save_parts(self.trainer.saver)
+        if saved:
+            self._saved = self.trainer.progress.step
+            self.run.attempt(self.run.run_file.name, lambda: update_info(self.run, self.trainer, "running", None))
 
-    def save(self, step: Step, ends_stage: bool = False) -> None:
-        """Write a checkpoint, unless the step went wrong."""
-        self._check_finite(step)
-        self._saved = step.number
-        save_checkpoint(self.run, self.trainer, self.meter(), step.stage.name if ends_stage else None)
-        update_info(self.run, self.trainer, "running", None)
+    def _save(self) -> None:
+        self.run.sync_log()
+        save_checkpoint(self.run, self.trainer, self.meter(), self._ends)
 
-    def save_once(self, step: Step) -> None:
-        """Write a checkpoint, if there is none of this step."""
-        if self._saved != step.number:
-            self.save(step)
+    def _save_parts(self, saver: sharding.Saver) -> bool:
+        """Begin a checkpoint that all processes write while training goes on; the one before it is there first."""
+        self._finish_save(now=True)
+        if self.run.writes:
+            self.run.sync_log()
+        saver.begin(
+            self.run.checkpoints,
+            checkpoint_name(self.trainer, self._ends),
+            self.trainer.tensors(),
+            checkpoint_numbers(self.trainer, self.meter()),
+        )
+        return True
+
+    def _finish_save(self, now: bool) -> None:
+        """Put a checkpoint in its place that all have written."""
+        if self.trainer.saver is None:
+            return
+        try:
+            if self.trainer.saver.finish(now) and self.run.writes:
+                checkpoint.rotate(self.run.checkpoints, self.config.intervals.keep)
+        except OSError as error:
+            self.run.failed("a checkpoint", error)
+
+    def save_last(self) -> None:
+        """Write what could not be written so far, and a checkpoint, if there is none of this step. Raises OSError."""
+        self.run.say = None
+        if self.run.writes:
+            self.run.flush()
+        if self._saved != self.trainer.progress.step:
+            self.save()
+        self._finish_save(now=True)
 
     def _tracker_failed(self, name: str, error: str) -> None:
         self.run.log("tracker", self.trainer.progress.step, name=name, error=error, state="dropped")
@@ -215,8 +303,8 @@ class Observer:
         drawn = self._draw(num, [i * len(self.classes) // num for i in range(num)] if self.classes else None)
         picture = grid(drawn, columns=max(1, round(num**0.5)))
         file = self.run.samples / f"step-{step.number:08}.png"
-        picture.save(file)
-        self.run.log("sample", step.number, stage=step.stage.name, file=f"samples/{file.name}")
+        if self.run.attempt("pictures of samples", lambda: picture.save(file)):
+            self.run.log("sample", step.number, stage=step.stage.name, file=f"samples/{file.name}")
         self.trackers.image("samples", np.asarray(picture), step.number)
 
     @property
@@ -225,15 +313,28 @@ class Observer:
         return list(self.dataset.class_names) if self.config.data.conditional else []
 
     def _draw(self, num: int, labels: list[int] | None) -> NDArray[np.uint8]:
-        pipeline = make_pipeline(self.trainer.average.model, self.config, self.classes)
-        return draw_images(pipeline, self.config.sampling, range(num), labels, self.config.seed, self.trainer.precision)
+        """The processes share the work, and each has all of it."""
+        pipeline, each = make_pipeline(self.trainer.average.model, self.config, self.classes), -(-num // self.ranks.world)
+        part = range(self.ranks.rank * each, (self.ranks.rank + 1) * each)  # as many in each: a network that is cut computes in step
+        mine = None if labels is None else [labels[min(i, num - 1)] for i in part]
+        with self.ranks.at("drawing samples"):
+            drawn = draw_images(pipeline, self.config.sampling, part, mine, self.config.seed, self.trainer.precision)
+            return np.concatenate(self.ranks.gather(drawn))[:num]
 
     # --- the end ---
 
     def finish(self) -> None:
-        """Leave the model folder, pictures and the report."""
-        save_pipeline(make_pipeline(self.trainer.average.model, self.config, self.classes), self.run.model)
-        self._final_samples().save(self.run.path / "samples.png")
+        """Leave the model folder, pictures and the report. Raises OSError."""
+        self.save_last()
+        samples = self._final_samples()
+        state = sharding.whole(self.trainer.average.model.state_dict())
+        if not self.run.writes:
+            return
+        if self.trainer.cut:
+            self.network = build(self.config.model, self.config.data, len(self.classes)).eval()
+            self.network.load_state_dict(state)
+        save_pipeline(make_pipeline(self.network, self.config, self.classes), self.run.model)
+        samples.save(self.run.path / "samples.png")
         self._denoising_strip().save(self.run.path / "denoising.png")
         masks = self._mask_picture()
         if masks is not None:
@@ -254,7 +355,7 @@ class Observer:
 
     def _denoising_strip(self) -> Image.Image:
         """From noise to image: a row per image, the state at evenly spaced steps. Where noise is larger than the image, scaled."""
-        pipeline, steps = make_pipeline(self.trainer.average.model, self.config, self.classes), list[torch.Tensor]()
+        pipeline, steps = make_pipeline(self.network, self.config, self.classes), list[torch.Tensor]()
         labels = [i * len(self.classes) // STRIP_ROWS for i in range(STRIP_ROWS)] if self.classes else None
         settings = self.config.sampling
         with autocast(self.trainer.device, self.trainer.precision):

@@ -45,7 +45,7 @@ def draw_images(
     Image i starts from noise that is a function of (seed, i), so it does not depend on the batch or on the other images, but
     for rounding. Where memory runs out, the batch is halved.
     """
-    batch = min(batch or fitting_batch(pipeline, settings.guidance, settings.guide), len(indices))
+    batch = max(1, min(batch or fitting_batch(pipeline, settings.guidance, settings.guide), len(indices)))
     drawn: list[NDArray[np.uint8]] = []
     start = 0
     while start < len(indices):
@@ -73,7 +73,8 @@ def draw_images(
         start += len(here)
         if progress is not None:
             progress(start, len(indices))
-    return np.concatenate(drawn)
+    size = pipeline.unet.size
+    return np.concatenate([np.zeros((0, pipeline.unet.config["in_channels"], *size), dtype=np.uint8), *drawn])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -21,16 +21,16 @@ import maskdm
 from maskdm.config import Config
 from maskdm.data import Dataset, Loader, prepare
 from maskdm.draws import derive
-from maskdm.engine import Trainer, Transfer, checkpoint, environment, keep_freed_memory, snapshots, transfer
+from maskdm.engine import Lost, Ranks, Trainer, Transfer, checkpoint, environment, joined, keep_freed_memory, snapshots, transfer
 from maskdm.errors import UserError
 from maskdm.models import Denoiser, build
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
-from maskdm.runs.display import Display
-from maskdm.runs.observe import Observer, update_info
+from maskdm.runs.display import Display, TrainingBar
+from maskdm.runs.observe import Observer, Unsound, update_info
 from maskdm.runs.plan import plan_lines, stage_records
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
-from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, load_denoiser
+from maskdm.runs.store import cache_directory, class_names, load_denoiser, load_state
 from maskdm.settings import to_yaml
 
 
@@ -39,7 +39,20 @@ class Interrupted(Exception):
 
 
 def train(request: TrainRequest, command: str, display: Display) -> str:
-    """Train, or resume, or say that there is nothing to do; returns what to print. Raises UserError, Diverged, Interrupted."""
+    """Train, or resume, or say that there is nothing to do; returns what to print, but of several processes only in the first.
+
+    Raises UserError, Diverged, Interrupted.
+    """
+    with joined() as ranks:
+        try:
+            said = _of_one(request, command, display if ranks.first else Display(quiet=True), ranks)
+        except Lost:
+            ranks.name_the_lost()
+            raise
+        return said if ranks.first else ""
+
+
+def _of_one(request: TrainRequest, command: str, display: Display, ranks: Ranks) -> str:
     resolved = resolve(request)
     run, config = RunDirectory(request.out), resolved.config
     display.heading(f"maskdm {maskdm.__version__}: {request.data} -> {request.out}")
@@ -47,24 +60,42 @@ def train(request: TrainRequest, command: str, display: Display) -> str:
         display.note(f"  {line}")
     if request.dry_run:
         return to_yaml(config)
-    if run.started and run.info()["status"] == "finished" and not resolved.changed:
-        write_report(run.path)  # a kill may have come between the last two
+    began = run.started
+    finished = began and run.info()["status"] == "finished" and not resolved.changed
+    ranks.wait()  # all have seen what is there, and the first may write
+    run.writes = ranks.first
+    if finished:
+        if run.writes:
+            write_report(run.path)  # a kill may have come between the last two
         return f"{run.path} is finished already; nothing to do\n{_results(run)}"
-    set_up_torch(config, resolved)
-    dataset = prepare_data(resolved, display)
+    set_up_torch(config, resolved, ranks.beside)
+    dataset = ranks.after_first(lambda: prepare_data(resolved, display), first=ranks.local == 0)
+    with run.alone() if run.writes else nullcontext():
+        if run.writes and run.started != began:
+            raise UserError(f"another process has begun a run in {run.path} meanwhile; run the command again")
+        return _train(run, resolved, dataset, command, display, ranks)
+
+
+def _train(run: RunDirectory, resolved: Resolved, dataset: Dataset, command: str, display: Display, ranks: Ranks) -> str:
+    config = resolved.config
     classes = list(dataset.class_names) if config.data.conditional else []
     model = build(config.model, config.data, len(classes))
-    latest = latest_checkpoint(run)
-    report = initialize(config, model, classes, display) if latest is None else []
+    begun = len(checkpoint.names(run.checkpoints)) > 0
+    report = [] if begun else initialize(config, model, classes, display)
     training, heldout = dataset.split(config.data.heldout, config.seed, config.data.limit)
-    trainer = Trainer(config, Loader(dataset, training, config.seed), model, resolved.machine.device, resolved.machine.precision)
-    saved = None if latest is None else checkpoint.load(latest)
+    trainer = Trainer(config, Loader(dataset, training, config.seed), model, resolved.machine.device, resolved.machine.precision, ranks)
+    saved, wrong = load_state(trainer, run)
+    for error in wrong:
+        display.note(f"{error.reason}: set aside as damaged-..., and the one before it used")
     if saved is not None:
         trainer.restore(saved.tensors, saved.numbers)
         display.note(f"resuming from {saved.path} (step {trainer.progress.step})")
         if trainer.powers.sigma_rel and trainer.powers.time == 0:
             display.note("  it has no averages for snapshots (an older version, or another ema.sigma_rel): they begin here")
-    _begin(run, resolved, dataset, trainer, command, report, display)
+    if run.writes:
+        _begin(run, resolved, dataset, trainer, command, report, display)
+    ranks.wait()
+    ranks.mark("training")
     with ExitStack() as last, _recorded(run, trainer):
         observer = Observer(run, config, trainer, dataset, (training, heldout), display.note)
         last.callback(observer.trackers.close)  # after the record: it may wait for a server
@@ -86,10 +117,10 @@ def _results(run: RunDirectory) -> str:
     )
 
 
-def set_up_torch(config: Config, resolved: Resolved) -> None:
-    """Threads, precision and the seed of the weights."""
+def set_up_torch(config: Config, resolved: Resolved, beside: int = 1) -> None:
+    """Threads, which so many processes share, precision and the seed of the weights."""
     keep_freed_memory()
-    torch.set_num_threads(config.hardware.threads or resolved.machine.cores)
+    torch.set_num_threads(config.hardware.threads or max(1, resolved.machine.cores // beside))
     torch.set_float32_matmul_precision("high" if resolved.machine.device.type == "cuda" else "highest")
     torch.manual_seed(derive("weights", config.seed))
 
@@ -155,7 +186,7 @@ def _begin(
         "model": f"{config.model.kind} {config.model.width} x {config.model.depth}, {config.model.heads} heads, patch {config.model.patch}"
         + (" of wavelets" if config.model.transform == "haar" else ""),
         "data": _describe(resolved, dataset),
-        "environment": environment(resolved.machine, torch.get_num_threads()),
+        "environment": environment(resolved.machine, torch.get_num_threads()) | {"processes": trainer.ranks.world},
         "process": {"pid": os.getpid(), "host": platform.node(), "started": psutil.Process().create_time()},
         "tokens": config.grid[0] * config.grid[1],
         "choices": info.get("choices", list(resolved.reasons)),
@@ -205,30 +236,47 @@ def _recorded(run: RunDirectory, trainer: Trainer) -> Generator[None, None, None
     try:
         yield
     except (Interrupted, KeyboardInterrupt):
-        update_info(run, trainer, "stopped", None)
-        write_report(run.path)
+        _note_end(run, trainer, "stopped", None)
         raise
     except Exception as error:
-        update_info(run, trainer, "failed", str(error))
-        write_report(run.path)
+        _note_end(run, trainer, "failed", str(error))
         raise
+
+
+def _note_end(run: RunDirectory, trainer: Trainer, status: str, error: str | None) -> None:
+    if not run.writes:
+        return
+    with suppress(OSError):  # a full disk, of which the exception on its way speaks
+        update_info(run, trainer, status, error)
+        write_report(run.path)
 
 
 def _run(trainer: Trainer, observer: Observer, display: Display) -> None:
     with stop_requests() as stop, display.training() as bar:
-        for step in trainer.run():
-            observer.after(step, bar)
-            if stop:
-                observer.save_once(step)
-                raise Interrupted(f"stopped by {stop[0]} at step {step.number} and saved; the same command resumes")
+        while trainer.progress.stage < len(trainer.config.stages):
+            try:
+                with trainer.ranks.together():
+                    _to_the_end(trainer, observer, bar, stop)
+            except Unsound as reason:
+                observer.go_back(str(reason))
     assert trainer.progress.stage == len(trainer.config.stages)
+
+
+def _to_the_end(trainer: Trainer, observer: Observer, bar: TrainingBar, stop: list[str]) -> None:
+    trainer.asked_to_stop = lambda: bool(stop)
+    for step in trainer.run():
+        observer.after(step, bar)
+        if trainer.stopping:
+            observer.save_last()
+            by = stop[0] if stop else "what another process was told"
+            raise Interrupted(f"stopped by {by} at step {step.number} and saved; the same command resumes")
 
 
 @contextmanager
 def stop_requests() -> Generator[list[str], None, None]:
     """Names of the signals that asked the run to stop: looked at between steps, when the state is whole.
 
-    A second Ctrl-C stops at once.
+    SIGUSR1 is what SLURM sends before it takes a machine back (`--signal=USR1@120`). A second one stops at once.
     """
     asked: list[str] = []
 
@@ -237,7 +285,7 @@ def stop_requests() -> Generator[list[str], None, None]:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield asked
     finally:

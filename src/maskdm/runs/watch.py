@@ -14,8 +14,9 @@ from torch import Tensor
 
 from maskdm.config import Config
 from maskdm.data import Dataset
-from maskdm.engine import Ranks, Step, Trainer, autocast
+from maskdm.engine import Step, Trainer, autocast, sharding
 from maskdm.evaluation import DenoisingLoss, Estimate, Extractor, ImageSet, denoising_loss, kernel_distance
+from maskdm.evaluation.denoising import BATCH
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
@@ -45,6 +46,7 @@ class Watch:
         rows: tuple[Rows, Rows],
         draw: Draw,
     ) -> None:
+        self.ranks = trainer.ranks
         self.run, self.config, self.trainer, self.dataset, self.draw = run, config, trainer, dataset, draw
         self.training, self.heldout = rows
         self._best, self._stage_best, self._since = math.inf, math.inf, 0
@@ -82,7 +84,10 @@ class Watch:
             found |= {"heldout/loss": new.loss, "heldout/train_loss": known.loss}
             found |= {f"heldout/t={level['t']:.0f}": level["loss"] for level in new.levels}
         if self._judge is not None:
-            distance, features = self._distance(settings.samples, self._judge)
+            drawn = self.draw(settings.samples, natural_labels(self.config, self.dataset, self.training, settings.samples))
+            measured = self.ranks.from_first(self._distance(drawn, self._judge) if self.ranks.first else None)
+            assert measured is not None  # the first has it
+            distance, features = measured
             figures = {"kernel_distance": distance.value, "kernel_distance_interval": [distance.low, distance.high]}
             self.run.log("evaluate", step.number, **where, **figures, num_samples=settings.samples, features=features)
             found["evaluate/kernel_distance"] = distance.value
@@ -111,21 +116,29 @@ class Watch:
             value = math.inf  # no better than any other; a NaN would be the best there is from now on
         self._since = 0 if value < self._stage_best else self._since + 1
         self._stage_best = min(value, self._stage_best)
-        if value < self._best:
+        if value >= self._best:
+            return
+        averaged = sharding.whole(self.trainer.average.model.state_dict())
+        if self.run.attempt("the best weights", lambda: save_best(self.run, self.trainer, averaged, measure, value)):
             self._best = value
-            save_best(self.run, self.trainer, measure, value)
             self.run.log("best", step.number, stage=step.stage.name, measure=measure, value=value)
 
     def _loss(self, rows: Rows) -> DenoisingLoss:
-        """Of an even part of the rows."""
+        """Of an even part of the rows, in batches that the processes share."""
         some = rows[np.linspace(0, len(rows) - 1, min(MEASURED, len(rows))).astype(np.int64)]
-        pixels, labels = images_and_labels(self.config, self.dataset, some, self.trainer.device)
-        with autocast(self.trainer.device, self.trainer.precision):
-            return denoising_loss(self.trainer.average.model, self.config.diffusion, pixels, labels)
+        errors: dict[int, Tensor] = {}
+        starts, world = range(0, len(some), BATCH), self.ranks.world
+        for turn in range(0, len(starts), world):  # as many in each, and some twice: a network that is cut computes in step
+            start = starts[min(turn + self.ranks.rank, len(starts) - 1)]
+            pixels, labels = images_and_labels(self.config, self.dataset, some[start : start + BATCH], self.trainer.device)
+            with autocast(self.trainer.device, self.trainer.precision):
+                model, diffusion = self.trainer.average.model, self.config.diffusion
+                errors[start] = denoising_loss(model, diffusion, pixels, labels, first=start).errors
+        everywhere = {start: each for part in self.ranks.gather(errors) for start, each in part.items()}
+        return DenoisingLoss(torch.cat([everywhere[start] for start in sorted(everywhere)]))
 
-    def _distance(self, num: int, judge: tuple[Extractor, Tensor]) -> tuple[Estimate, str]:
+    def _distance(self, drawn: NDArray[np.uint8], judge: tuple[Extractor, Tensor]) -> tuple[Estimate, str]:
         extractor, real = judge
-        drawn = self.draw(num, natural_labels(self.config, self.dataset, self.training, num))
         fake = extractor.network.features(torch.from_numpy(drawn))
         return kernel_distance(fake, real).estimate, extractor.network.name
 
@@ -143,6 +156,6 @@ class Watch:
         training = image_set(self.dataset, self.training, self.config.data.conditional)
         heldout: ImageSet | None = image_set(self.dataset, self.heldout, self.config.data.conditional) if len(self.heldout) else None
         settings = self.config.evaluation
-        network = choose_network(settings.features, training, heldout, 0, self.trainer.device, Ranks(), Display(quiet=True))
-        extractor = Extractor(network, cache_directory() / "features", Ranks())
+        network = choose_network(settings.features, training, heldout, 0, self.trainer.device, self.ranks, Display(quiet=True))
+        extractor = Extractor(network, cache_directory() / "features", self.ranks)
         return extractor, extractor.features(training.part(training.places(REFERENCE)))
