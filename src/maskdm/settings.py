@@ -7,6 +7,7 @@ UserError that names the key and the nearest valid one.
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from maskdm.config import SHORTHANDS, Config
-from maskdm.errors import UserError, nearest
+from maskdm.errors import UserError, nearest, shorten
 
 Plain = dict[str, Any]
 
@@ -255,9 +256,9 @@ def _parse(text: str) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"'{text}' is not valid YAML: {' '.join(str(error).split())}") from None
+        return _load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"'{shorten(text)}' is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _assign(plain: Plain, leaf: Leaf, value: Any) -> None:
@@ -283,13 +284,58 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 
 
+MOST_BYTES, MOST_VALUES, MOST_CHARACTERS, DEEPEST = 1 << 20, 10_000, 3000, 20
+"""Of a YAML text: its length, the values in it where aliases are written out, the length of one, and mappings within mappings."""
+
+
+def _load(text: str) -> Any:
+    """The plain values of a YAML text. Raises ValueError or YAMLError for one that is wrong, ambiguous or out of all bounds."""
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it is longer than {MOST_BYTES} characters")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _count(node, {}, 0)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {DEEPEST}") from None
+    try:
+        return yaml.safe_load(text)
+    except (AttributeError, LookupError, TypeError, OverflowError):  # by PyYAML, of a value that is not of the type its tag says
+        raise ValueError("a value is not of the type that its tag says") from None
+
+
+def _count(node: yaml.Node | None, counted: dict[int, int], depth: int) -> int:
+    """Values below a node, those of aliases as often as they are named. Raises ValueError where they are too many, or a key is twice."""
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested deeper than {DEEPEST}")
+    if isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_CHARACTERS:
+        raise ValueError(f"line {node.start_mark.line + 1} has a value of more than {MOST_CHARACTERS} characters")
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = MOST_VALUES  # until it is known: what holds itself is too large
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = [key for (_, key), times in keys.items() if times > 1]
+            if twice:
+                raise ValueError(f"'{shorten(twice[0])}' is given twice (line {node.start_mark.line + 1} and on)")
+            inner = [each for pair in node.value for each in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        counted[id(node)] = 1 + sum(_count(each, counted, depth + 1) for each in inner)
+    if counted[id(node)] > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES} values")
+    return counted[id(node)]
+
+
 def read_yaml(path: Path) -> Any:
     """The plain values of a YAML file. Raises UserError when it is absent, unreadable or not a mapping."""
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:  # of a file without end, so much is enough to know
+            plain = _load(file.read(4 * MOST_BYTES + 1).decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
         raise UserError(f"{path} is not a mapping of settings")
