@@ -6,6 +6,7 @@ import io
 import random
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,20 @@ Outcome = tuple[bool, str]
 """Whether it was taken, and the reason where not."""
 
 TABLES = ("npy", "npz", "parquet")
-IMAGES = ("png", "jpeg", "mpo", "gif", "bmp", "dib", "webp", "tiff", "ppm", "tga", "jpeg2000", *(["avif"] if features.check("avif") else []))
+IMAGES = (
+    "png",
+    "jpeg",
+    "mpo",
+    "gif",
+    "bmp",
+    "dib",
+    "webp",
+    "tiff",
+    "ppm",
+    "tga",
+    "jpeg2000",
+    *(["avif"] if features.check("avif") else []),
+)
 FORMATS = (*IMAGES, *TABLES)
 
 
@@ -122,7 +136,20 @@ def mutant(kind: str, number: int) -> bytes:
     """The damaged file of this number: the same for ever."""
     draw = random.Random(f"{kind} {number}")
     other = draw.choice(wholes(draw.choice(IMAGES) if draw.random() < 0.3 else kind))
-    return mutate(draw.choice(wholes(kind)), other, draw)
+    damaged = mutate(draw.choice(wholes(kind)), other, draw)
+    return with_checksums(damaged) if kind == "png" and number % 2 else damaged
+
+
+def with_checksums(data: bytes) -> bytes:
+    """A damaged PNG file with each chunk's checksum made right, without which a reader looks no further."""
+    at = 8
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if end + 4 > len(data):
+            break
+        data = data[:end] + zlib.crc32(data[at + 4 : end]).to_bytes(4, "big") + data[end + 4 :]
+        at = end + 4
+    return data
 
 
 def bombs() -> dict[str, Callable[[Path], Path]]:
