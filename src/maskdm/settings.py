@@ -100,11 +100,11 @@ def _build_member(members: tuple[Any, ...], value: Any, path: str) -> Any:
         if value in kinds:
             return members[kinds.index(value)]()
         names = sorted({*kinds, *(n for n, each in SHORTHANDS.items() if isinstance(each, members))})
-        raise UserError(f"{path} is '{value}'; give one of {', '.join(names)}")
+        raise UserError(f"{path} is '{shorten(str(value))}'; give one of {', '.join(names)}")
     if not isinstance(value, dict) or "kind" not in value:
         raise UserError(f"{path} needs a kind: one of {', '.join(kinds)}")
     if value["kind"] not in kinds:
-        raise UserError(f"{path}.kind is '{value['kind']}'; give one of {', '.join(kinds)}")
+        raise UserError(f"{path}.kind is '{shorten(str(value['kind']))}'; give one of {', '.join(kinds)}")
     return _build_dataclass(members[kinds.index(value["kind"])], {k: v for k, v in value.items() if k != "kind"}, path)
 
 
@@ -118,7 +118,7 @@ def _build_single(hint: Any, value: Any, path: str) -> Any:
             if not isinstance(value, bool) and str(value) == str(choice):
                 return choice
         names = [str(choice) for choice in choices]
-        raise UserError(f"{path} is '{value}'; give one of {', '.join(names)}{nearest(str(value), names)}")
+        raise UserError(f"{path} is '{shorten(str(value))}'; give one of {', '.join(names)}{nearest(str(value), names)}")
     if get_origin(hint) is tuple:
         return _build_tuple(hint, value, path)
     return _build_scalar(hint, value, path)
@@ -126,12 +126,12 @@ def _build_single(hint: Any, value: Any, path: str) -> Any:
 
 def _build_dataclass(cls: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"{path or 'the configuration'} must be a mapping of settings, not '{value}'")
+        raise UserError(f"{path or 'the configuration'} must be a mapping of settings, not '{shorten(str(value))}'")
     known = _hints(cls)
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in known:
-            raise UserError(f"unknown setting '{prefix}{key}'{nearest(str(key), list(known))} (of {', '.join(known)})")
+            raise UserError(f"unknown setting '{prefix}{shorten(str(key))}'{nearest(str(key), list(known))} (of {', '.join(known)})")
     for each in fields(cls):
         if each.name not in value and each.default is MISSING and each.default_factory is MISSING:
             raise UserError(f"setting '{prefix}{each.name}' is missing")
@@ -146,7 +146,7 @@ def _build_tuple(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, str):
         value = [v.strip() for v in value.strip("[]() ").split(",")]
     if not isinstance(value, list | tuple):
-        raise UserError(f"{path} is '{value}'; give a list")
+        raise UserError(f"{path} is '{shorten(str(value))}'; give a list")
     items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
     if _is_list_of_scalars(hint):
         return tuple(_build(parts[0], item, path) for item in items)
@@ -154,7 +154,7 @@ def _build_tuple(hint: Any, value: Any, path: str) -> Any:
         names = [item.get("name", i) if isinstance(item, dict) else i for i, item in enumerate(items)]
         return tuple(_build(parts[0], item, f"{path}.{name}") for name, item in zip(names, items, strict=True))
     if len(items) != len(parts):
-        raise UserError(f"{path} is '{value}'; give {len(parts)} values")
+        raise UserError(f"{path} is '{shorten(str(value))}'; give {len(parts)} values")
     return tuple(_build(part, item, path) for part, item in zip(parts, items, strict=True))
 
 
@@ -174,7 +174,7 @@ def _build_scalar(hint: Any, value: Any, path: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-    raise UserError(f"{path} is '{value}'; give {kind}")
+    raise UserError(f"{path} is '{shorten(str(value))}'; give {kind}")
 
 
 # --- single settings by name --------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def find(config: Config, name: str) -> Leaf:
     paths = [leaf.path.removesuffix(".kind") for leaf in every]
     tails = {path: path for path in paths} | {".".join(path.split(".")[-n:]): path for path in paths for n in (2, 1)}
     hint = nearest(".".join(wanted), list(tails))
-    raise UserError(f"unknown setting --{name}{hint or '; `maskdm train --help` lists them'}")
+    raise UserError(f"unknown setting --{shorten(name)}{hint or '; `maskdm train --help` lists them'}")
 
 
 def override(config: Config, assignments: Sequence[tuple[str, str]]) -> Config:

@@ -49,7 +49,7 @@ class _Rows:
         with self.lock:
             column = self.kept.get(group)
             if column is None:
-                column = self.kept[group] = self.read(group)
+                column = self.kept[group] = self._read(group)
                 self._forget()
             self.kept.move_to_end(group)
         cell: Any = column[index - int(self.starts[group])].as_py()
@@ -61,6 +61,16 @@ class _Rows:
         if not isinstance(cell, bytes | Path):
             raise BrokenImage("not the bytes of an image")
         return cell
+
+    def _read(self, group: int) -> pa.ChunkedArray:
+        """The image column of a group. Raises BrokenImage where it cannot be read whole."""
+        try:
+            column = self.read(group)
+        except Exception as error:  # pyarrow's readers raise whatever a damaged file leads them to
+            raise BrokenImage(f"rows that cannot be read ({_first_line(error)})") from error
+        if len(column) != self.sizes[group]:
+            raise BrokenImage(f"a group of {self.sizes[group]} rows, of which {len(column)} are there")
+        return column
 
     def _forget(self) -> None:
         rows = sum(map(len, self.kept.values()))

@@ -1,0 +1,137 @@
+"""`python -m benchmarks.scale --measure`: where the time of a step goes with 1, 2 and 4 gloo processes on this machine.
+
+Each process has 16 images and one thread, so that the work of each stays the same. Medians of steps that exchange gradients, of steps that
+do not, and of the telling alone (loss, clock, who was asked to stop). More processes than cores wait for a core: that is said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+
+WORLDS, LOCAL, STEPS = (1, 2, 4), 16, 20
+NAME = "mdmscale"
+"""Of the bridge; namespaces and links begin with it."""
+
+
+def worker() -> None:
+    """One process: time the three, and print them as JSON in the first."""
+    from benchmarks.ours import synthetic
+    from maskdm.config import Budget, Config, Data, DiTConfig, Hardware, Stage
+    from maskdm.data import Loader
+    from maskdm.engine import Trainer, joined
+    from maskdm.models import build
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with joined() as ranks:
+        data = Data("synthetic", (32, 32))
+        stage = Stage("s", Budget(steps=10**9), batch=LOCAL * ranks.world, lr=1e-4)
+        config = Config(data, DiTConfig(192, 9, 6), (stage,), hardware=Hardware(device="cpu"))
+        loader = Loader(synthetic(256, 32), np.arange(256), 0)
+        trainer = Trainer(config, loader, build(config.model, data, 0), torch.device("cpu"), "fp32", ranks)
+        steps = trainer.run()
+
+        def median(work: Callable[[], object], apart: bool = False) -> float:
+            seconds: list[float] = []
+            for _ in range(STEPS):
+                with trainer.network.no_sync() if apart and ranks.world > 1 else nullcontext():
+                    started = time.perf_counter()
+                    work()
+                    seconds.append(time.perf_counter() - started)
+            return statistics.median(seconds)
+
+        for _ in range(3):
+            next(steps)
+        whole = median(lambda: next(steps))
+        telling = median(lambda: ranks.total(torch.zeros(3))) if ranks.world > 1 else 0.0
+        alone = median(lambda: next(steps), apart=True)
+        if ranks.first:
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            row = {"step": whole, "compute": alone - telling, "exchange": whole - alone, "telling": telling, "parameters": parameters}
+            print(json.dumps({name: round(value, 5) for name, value in row.items()}))
+
+
+def measure(delay: str | None, rate: str | None) -> None:
+    """Run the worlds, and print a table."""
+    cores = len(os.sched_getaffinity(0))
+    limited = delay is not None or rate is not None
+    if limited and (os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc"))):
+        raise SystemExit("--delay and --rate need root, and the commands ip and tc (iproute2); without them it can be run as it is")
+    print(f"{cores} cores; {LOCAL} images a process, one thread each; delay {delay or 'none'}, rate {rate or 'none'}")
+    print("processes  ms/step  compute  exchange  telling")
+    for world in WORLDS:
+        with namespaces(world, delay, rate) if limited and world > 1 else nullcontext([[]] * world) as prefixes:
+            row = _run(world, prefixes, "10.77.0.1" if limited and world > 1 else "127.0.0.1")
+        crowded = "  (more processes than cores: compute includes waiting for one)" if world > cores else ""
+        print(
+            f"{world:9} " + " ".join(f"{row[name] * 1e3:8.1f}" for name in ("step", "compute", "exchange", "telling")) + crowded, flush=True
+        )
+
+
+def _run(world: int, prefixes: list[list[str]], address: str) -> dict[str, float]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = os.environ | {"MASTER_ADDR": address, "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    shared |= {"GLOO_SOCKET_IFNAME": "eth0"} if prefixes[0] else {}
+    children = [
+        subprocess.Popen(
+            [*prefix, sys.executable, "-m", "benchmarks.scale_measure"],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, prefix in enumerate(prefixes)
+    ]
+    try:
+        said = [child.communicate(timeout=300)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    if any(child.returncode for child in children):
+        raise SystemExit("a process failed; what it said is above")
+    return json.loads(said[0].splitlines()[-1])
+
+
+@contextmanager
+def namespaces(world: int, delay: str | None, rate: str | None) -> Generator[list[list[str]]]:
+    """A network namespace a process, joined by a bridge, each link slowed both ways; yields what to put before each command."""
+
+    def call(words: str, check: bool = True) -> None:
+        subprocess.run(words.split(), check=check, stderr=None if check else subprocess.DEVNULL)
+
+    names = [f"{NAME}{rank}" for rank in range(world)]
+    slow = (f" delay {delay}" if delay else "") + (f" rate {rate}" if rate else "")
+    try:
+        call(f"ip link add {NAME} type bridge")
+        call(f"ip link set {NAME} up")
+        for rank, name in enumerate(names):
+            inside = f"ip netns exec {name} "
+            call(f"ip netns add {name}")
+            call(f"ip link add {name}v type veth peer name eth0 netns {name}")
+            call(f"ip link set {name}v master {NAME} up")
+            call(inside + f"ip addr add 10.77.0.{rank + 1}/24 dev eth0")
+            call(inside + "ip link set eth0 up")
+            call(inside + "ip link set lo up")
+            call(inside + f"tc qdisc add dev eth0 root netem{slow}")
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            call(f"ip netns del {name}", check=False)
+        call(f"ip link del {NAME}", check=False)
+
+
+if __name__ == "__main__":
+    worker()
