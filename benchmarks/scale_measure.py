@@ -1,7 +1,9 @@
 """`python -m benchmarks.scale --measure`: where the time of a step goes with 1, 2 and 4 gloo processes on this machine.
 
-Each process has 16 images and one thread, so that the work of each stays the same. Medians of steps that exchange gradients, of steps that
-do not, and of the telling alone (loss, clock, who was asked to stop). More processes than cores wait for a core: that is said.
+Each process has 8 images and one thread, so that the work of each stays the same. Medians, taken in turns, of steps that exchange
+gradients; of steps that do not, less the telling: the computing; their difference: the exchange, as far as the backward pass does not hide
+it; of the telling alone (loss, clock, who was asked to stop); and of a sum over the processes of as many numbers as the gradients have,
+alone. More processes than cores wait for a core: that is said. On a machine that others use small differences mean nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 
-WORLDS, LOCAL, STEPS = (1, 2, 4), 16, 20
+WORLDS, LOCAL, STEPS = (1, 2, 4), 8, 20
 NAME = "mdmscale"
 """Of the bridge; namespaces and links begin with it."""
 
@@ -43,24 +45,28 @@ def worker() -> None:
         trainer = Trainer(config, loader, build(config.model, data, 0), torch.device("cpu"), "fp32", ranks)
         steps = trainer.run()
 
-        def median(work: Callable[[], object], apart: bool = False) -> float:
-            seconds: list[float] = []
-            for _ in range(STEPS):
-                with trainer.network.no_sync() if apart and ranks.world > 1 else nullcontext():
-                    started = time.perf_counter()
-                    work()
-                    seconds.append(time.perf_counter() - started)
-            return statistics.median(seconds)
+        def seconds_of(work: Callable[[], object], apart: bool = False) -> float:
+            with trainer.network.no_sync() if apart and ranks.world > 1 else nullcontext():
+                started = time.perf_counter()
+                work()
+                return time.perf_counter() - started
 
         for _ in range(3):
             next(steps)
-        whole = median(lambda: next(steps))
-        telling = median(lambda: ranks.total(torch.zeros(3))) if ranks.world > 1 else 0.0
-        alone = median(lambda: next(steps), apart=True)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        gradients = torch.zeros(parameters)
+        kinds = {
+            "step": lambda: seconds_of(lambda: next(steps)),
+            "apart": lambda: seconds_of(lambda: next(steps), apart=True),
+            "telling": lambda: seconds_of(lambda: ranks.total(torch.zeros(3))),
+            "sum": lambda: seconds_of(lambda: ranks.total(gradients)),
+        }
+        found: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(STEPS):  # in turns, as the machine drifts
+            for name, work in kinds.items():
+                found[name].append(work())
         if ranks.first:
-            parameters = sum(p.numel() for p in trainer.model.parameters())
-            row = {"step": whole, "compute": alone - telling, "exchange": whole - alone, "telling": telling, "parameters": parameters}
-            print(json.dumps({name: round(value, 5) for name, value in row.items()}))
+            print(json.dumps({name: statistics.median(values) for name, values in found.items()} | {"bytes": 4 * parameters}))
 
 
 def measure(delay: str | None, rate: str | None) -> None:
@@ -70,7 +76,7 @@ def measure(delay: str | None, rate: str | None) -> None:
     if limited and (os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc"))):
         raise SystemExit("--delay and --rate need root, and the commands ip and tc (iproute2); without them it can be run as it is")
     print(f"{cores} cores; {LOCAL} images a process, one thread each; delay {delay or 'none'}, rate {rate or 'none'}")
-    print("processes  ms/step  compute  exchange  telling")
+    print("processes  ms/step  compute exchange  telling  sum alone")
     for world in WORLDS:
         with namespaces(world, delay, rate) if limited and world > 1 else nullcontext([[]] * world) as prefixes:
             row = _run(world, prefixes, "10.77.0.1" if limited and world > 1 else "127.0.0.1")
@@ -88,7 +94,7 @@ def _run(world: int, prefixes: list[list[str]], address: str) -> dict[str, float
     shared |= {"GLOO_SOCKET_IFNAME": "eth0"} if prefixes[0] else {}
     children = [
         subprocess.Popen(
-            [*prefix, sys.executable, "-m", "benchmarks.scale_measure"],
+            [*prefix, sys.executable, "-W", "ignore", "-m", "benchmarks.scale_measure"],
             env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
