@@ -81,9 +81,8 @@ def measure(delay: str | None, rate: str | None) -> None:
         with namespaces(world, delay, rate) if limited and world > 1 else nullcontext([[]] * world) as prefixes:
             row = _run(world, prefixes, "10.77.0.1" if limited and world > 1 else "127.0.0.1")
         crowded = "  (more processes than cores: compute includes waiting for one)" if world > cores else ""
-        print(
-            f"{world:9} " + " ".join(f"{row[name] * 1e3:8.1f}" for name in ("step", "compute", "exchange", "telling")) + crowded, flush=True
-        )
+        parts = (row["step"], row["apart"] - row["telling"], row["step"] - row["apart"], row["telling"], row["sum"])
+        print(f"{world:9} " + " ".join(f"{each * 1e3:8.1f}" for each in parts) + crowded, flush=True)
 
 
 def _run(world: int, prefixes: list[list[str]], address: str) -> dict[str, float]:
