@@ -128,7 +128,7 @@ def test_cells_that_hold_no_image_are_listed_as_broken(tmp_path: Path) -> None:
             source.load(0)
 
 
-@pytest.mark.slow  # about 10 minutes on two cores
+@pytest.mark.slow  # about 3 minutes on two cores
 @pytest.mark.timeout(3600)
 def test_a_thousand_damaged_files_of_each_format_and_five_hundred_configurations() -> None:
     done = subprocess.run([sys.executable, "-m", "tests.fuzz"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
