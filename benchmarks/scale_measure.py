@@ -115,7 +115,9 @@ def namespaces(world: int, delay: str | None, rate: str | None) -> Generator[lis
     """A network namespace a process, joined by a bridge, each link slowed both ways; yields what to put before each command."""
 
     def call(words: str, check: bool = True) -> None:
-        subprocess.run(words.split(), check=check, stderr=None if check else subprocess.DEVNULL)
+        code = subprocess.run(words.split(), stderr=None if check else subprocess.DEVNULL).returncode
+        if check and code:
+            raise SystemExit(f"this machine refuses `{words}`; without --delay and --rate it can be measured as it is")
 
     names = [f"{NAME}{rank}" for rank in range(world)]
     slow = (f" delay {delay}" if delay else "") + (f" rate {rate}" if rate else "")

@@ -26,19 +26,19 @@ Array = NDArray[Any]
 
 def open_array(location: str, path: Path) -> Source:
     """A .npy array, memory-mapped, or the images and labels of a .npz. Raises UserError for anything else."""
+    arrays: dict[str, Array] | None = None
     try:
         opened: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(opened, np.ndarray):
             with opened as archive:
                 _check_fits(location, sum(entry.file_size for entry in archive.zip.infolist()))
                 arrays = {key: archive[key] for key in archive.files}
-            opened = None
     except UserError:
         raise
     except Exception as error:  # a damaged header or archive has the readers raise whatever it leads them to
         reason = shorten(" ".join(str(error).split()) or type(error).__name__)
         raise UserError(f"{location} cannot be read as numbers ({reason}); save it again with numpy.save or savez") from error
-    return _array_source(location, path, location, opened, None, ()) if opened is not None else _open_archive(location, path, arrays)
+    return _array_source(location, path, location, opened, None, ()) if arrays is None else _open_archive(location, path, arrays)
 
 
 def _check_fits(location: str, size: int) -> None:
