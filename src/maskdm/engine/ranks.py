@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 PULSE, SILENCE = 2.0, 20.0
 """Seconds between signs of life, and without one after which a process is taken for dead."""
+
+OVER = "over"
+"""What a process is at that has done its part."""
 
 STEP, LONG = 45.0, 6 * 3600.0
 """Seconds that a training step may take, and that work may take which is said to be long."""
@@ -148,14 +151,16 @@ class Pulse(threading.Thread):
         self.mark(before[0], before[2])
 
     def run(self) -> None:
-        """Say and look, until the process ends."""
+        """Say and look, until the process ends. The first looks after all, each other one after the one before it."""
+        watched = list(range(self.world)) if self.rank == 0 else [self.rank - 1]
         seen: dict[int, tuple[str, float]] = {}
-        while True:
+        while self._at[0] != OVER:
             try:
                 self._say()
-                states = {rank: self._read(rank) for rank in range(self.world)}
+                states = self._read(watched)
             except RuntimeError:  # the store went with the process, or the machine, that kept it
-                self._end("the process that keeps the others together is gone")
+                if self._at[0] != OVER:
+                    self._end("the process that keeps the others together is gone")
                 return
             now = time.monotonic()
             for rank, state in states.items():
@@ -169,16 +174,18 @@ class Pulse(threading.Thread):
         age = time.monotonic() - since
         self._mine.set(f"pulse/{self.rank}", f"{time.monotonic()}|{age:.1f}|{limit}|{self._count}|{platform.node()}|{what}")
 
-    def _read(self, rank: int) -> str:
-        key = f"pulse/{rank}"
-        return self._mine.get(key).decode() if self._mine.check([key]) else ""
+    def _read(self, ranks: list[int]) -> dict[int, str]:
+        if self._mine.check(["end"]):
+            self._end(self._mine.get("end").decode())
+        there = [rank for rank in ranks if self._mine.check([f"pulse/{rank}"])]
+        states = [self._mine.get(f"pulse/{rank}").decode() for rank in there]
+        return dict.fromkeys(ranks, "") | dict(zip(there, states, strict=True))
 
     def _judge(self, seen: dict[int, tuple[str, float]], now: float) -> None:
-        """End this process where another is dead, or where none has moved for as long as it may."""
+        """End all processes where one is dead, or where none has moved for as long as it may."""
         parts = {rank: state.split("|", 5) for rank, (state, _) in seen.items() if state}
-        over = {rank for rank, part in parts.items() if part[5] == "over"}
         for rank, (state, since) in seen.items():
-            if now - since > SILENCE and rank not in over:
+            if now - since > SILENCE and not (state and parts[rank][5] == OVER):
                 where = f" on {parts[rank][4]}" if state else ", which never came up,"
                 self._end(f"process {rank}{where} has given no sign of life for {now - since:.0f} s: it was killed, or its machine is gone")
         if len(parts) < self.world or any(float(part[1]) <= float(part[2]) for part in parts.values()):
@@ -190,10 +197,13 @@ class Pulse(threading.Thread):
 
     def over(self) -> None:
         """Say that what this process does is done: the others must not take its end for a death."""
-        self.mark("over", LONG)
+        self.mark(OVER, LONG)
         self._say()
 
     def _end(self, reason: str) -> None:
+        """Tell all why, and end."""
+        with suppress(RuntimeError):
+            self._mine.set("end", reason)
         print(f"maskdm: error: {reason}; the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
         os._exit(1)
 
