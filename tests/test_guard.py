@@ -68,7 +68,7 @@ def lines(out: Path, *events: str) -> list[dict[str, Any]]:
     return [line for line in found if line["event"] in events]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("site", SITES)
 def test_a_bad_step_is_not_applied_and_said_by_name(
     site: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -135,6 +135,7 @@ def test_weights_that_are_no_numbers_send_the_run_back_for_other_images(tmp_path
     assert all(t.isfinite().all() for name in ("model", "average") for t in load_file(last / f"{name}.safetensors").values())
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_it_went_back_takes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         inject(patch, SITES["loss is nan"], lambda trainer: trainer.progress.step >= 24 and trainer.progress.detours == 0)
