@@ -55,13 +55,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW (arXiv 1711.05101); no decay on norms, biases, positions and embeddings."""
+    """AdamW (arXiv 1711.05101), or with Muon for the matrices of blocks; no decay on norms, biases, positions and embeddings."""
 
+    name: Annotated[Literal["adamw", "muon"], "muon: steps along orthogonalised gradients for the matrices of the blocks"] = "adamw"
+    muon: Annotated[float, "Muon's learning rate, relative to the stage's at AdamW's size of step"] = 4.0
     betas: Annotated[tuple[float, float], "decay of the gradient's mean and of its square"] = (0.99, 0.99)
     weight_decay: Annotated[float, "decoupled weight decay of the matrices"] = 0.03
     clip: Annotated[float | None, "largest gradient norm; none for no clipping"] = 1.0
 
     def __post_init__(self) -> None:
+        require(self.muon > 0, f"optimizer.muon is {self.muon}; it must be above 0")
         require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas are {self.betas}; each must be from 0 to below 1")
         require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
         require(self.clip is None or self.clip > 0, f"optimizer.clip is {self.clip}; it must be above 0, or none")

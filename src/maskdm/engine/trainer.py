@@ -227,20 +227,20 @@ class Trainer:
         started = time.perf_counter()
         number = self.progress.step
         lr = learning_rate(stage, done.steps, done.course(budget))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_rate(lr)
         self.ranks.mark(f"step {number + 1}")
         loss, told = self._tell(self._gradients(stage, done, number))
         with record_function("maskdm: optimizer"):
-            self.scaler.unscale_(self.optimizer)
+            for part in self.optimizer.parts:
+                self.scaler.unscale_(part)
             limit = self.config.optimizer.clip
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
             grad_norm = sharding.whole({"norm": grad_norm})["norm"]
             scale = self.scaler.get_scale()
             bad = self.sentry.judge(loss, grad_norm, overflows=self.scaler.is_enabled())
-            self._apply(bad)
+            self._apply(bad, grad_norm)
             self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
         with record_function("maskdm: average"):
             if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the averages must not count it
                 self.average.update(self.model, done.steps)
@@ -292,14 +292,14 @@ class Trainer:
         shared = self.ranks.total(torch.cat([loss[None], mine.to(self.device, non_blocking=True)]))
         return shared[0], shared[1:]
 
-    def _apply(self, bad: Tensor) -> None:
+    def _apply(self, bad: Tensor, grad_norm: Tensor) -> None:
         """The optimizer's step, which leaves everything as it is where `bad`: told so on the device where its kernel can be."""
-        if self.scaler.is_enabled() or not self.optimizer.defaults["fused"]:  # both read from the device here in any case
-            if not bad:
-                self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled() or not self.optimizer.fused:  # the first reads from the device in any case
+            if not bad and grad_norm.isfinite():  # fp16 may overflow in the weights of one part alone
+                for part in self.optimizer.parts:
+                    self.scaler.step(part)
         else:
-            told = sharding.everywhere(bad.float(), next(self.model.parameters()))
-            self.optimizer.found_inf = told  # pyright: ignore[reportAttributeAccessIssue] - as torch's scaler tells it
+            self.optimizer.found_inf = sharding.everywhere(bad.float(), next(self.model.parameters()))
             self.optimizer.step()
 
     def _stay_near(self, verdict: Verdict) -> None:
@@ -352,7 +352,7 @@ class Trainer:
             except RuntimeError as error:  # of several processes the others would wait for this one's gradients
                 if not out_of_memory(error) or done.pieces >= stage.batch or self.ranks.world > 1:
                     raise
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             done.pieces = more_pieces(stage.batch, done.pieces)

@@ -127,7 +127,10 @@ class Observer:
         self._ends = step.stage.name if ends else None
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
             self.trackers.scalars(self.watch.evaluate(step), step.number)
-            self.trackers.histograms(lambda: network_histograms(self.trainer.model, self.trainer.optimizer), step.number)
+            self.trackers.histograms(
+                lambda: network_histograms(self.trainer.model, self.trainer.optimizer.param_groups, self.trainer.optimizer.state),
+                step.number,
+            )
             if not ends and self.watch.gives_up(step):
                 self.trainer.end_stage()
                 ends, self._ends = True, step.stage.name
