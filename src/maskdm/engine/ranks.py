@@ -7,6 +7,7 @@ what they are at may take, ends every other one, by name. So work of unequal len
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import platform
 import re
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 PULSE, SILENCE = 2.0, 20.0
 """Seconds between signs of life, and without one after which a process is taken for dead."""
+
+HANGS = "nothing moves any more"
 
 OVER = "over"
 """What a process is at that has done its part."""
@@ -191,9 +194,9 @@ class Pulse(threading.Thread):
         if len(parts) < self.world or any(float(part[1]) <= float(part[2]) for part in parts.values()):
             return
         moving = {rank: part for rank, part in parts.items() if not part[5].startswith("waiting")} or parts
-        rank, part = min(moving.items(), key=lambda item: int(item[1][3]))
-        if all(float(each[1]) > STEP for each in moving.values()):
-            self._end(f"process {rank} on {part[4]} has not moved for {float(part[1]):.0f} s ({part[5]}): it hangs")
+        if all(float(part[1]) > STEP for part in moving.values()):
+            named = ", ".join(f"process {rank} on {part[4]} for {float(part[1]):.0f} s ({part[5]})" for rank, part in moving.items())
+            self._end(f"{HANGS}: {named}")
 
     def over(self) -> None:
         """Say that what this process does is done: the others must not take its end for a death."""
@@ -205,6 +208,10 @@ class Pulse(threading.Thread):
         with suppress(RuntimeError):
             self._mine.set("end", reason)
         print(f"maskdm: error: {reason}; the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
+        if reason.startswith(HANGS):  # whose stack does not end in a collective is the one the others wait for
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+        if self.rank == 0:  # the store goes with the first: leave the others time to read why
+            time.sleep(2 * PULSE)
         os._exit(1)
 
 

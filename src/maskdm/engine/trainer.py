@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -63,7 +64,8 @@ class Trainer:
         self.network: Any = torch.compile(self.model, dynamic=False) if config.hardware.compile else self.model
         if self.ranks.world > 1 and not self.cut:
             seldom = config.model.fuse > 0 or config.model.mask_token  # layers that not every mask needs
-            self.network = DistributedDataParallel(self.network, broadcast_buffers=False, find_unused_parameters=seldom)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer torch has another word for it
+                self.network = DistributedDataParallel(self.network, broadcast_buffers=False, find_unused_parameters=seldom)
         self.powers = PowerAverages(self.model, config.ema.sigma_rel if config.ema.snapshots else ())
         self.optimizer = make_optimizer(self.model, config.optimizer, config.stages[0].lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
