@@ -76,6 +76,19 @@ def test_the_newer_families_bring_the_layers_they_need() -> None:
     assert config.model.fuse == 2 and config.init is None
 
 
+def test_an_arm_may_have_an_optimizer_of_its_own() -> None:
+    arm = parse_arm("patch-75@25/batch=16+whole/optimizer=muon", BASE)
+    made = arm.config(BASE, 0, lambda stage, share: Budget(images=10))
+    assert made.optimizer == replace(BASE.optimizer, name="muon") and arm.name == "patch-75@25/batch=16+whole/optimizer=muon"
+    assert arm.stages == parse_arm("patch-75@25/batch=16+whole", BASE).stages and "muon" in arm.describe()
+    named = parse_arm("m=whole/optimizer=adamw/init=runs/x", replace(BASE, optimizer=replace(BASE.optimizer, name="muon")))
+    assert (named.name, named.optimizer, named.init) == ("m", "adamw", "runs/x") and named.record()["optimizer"] == "adamw"
+    with pytest.raises(UserError, match="give adamw or muon"):
+        parse_arm("whole/optimizer=sgd", BASE)
+    with pytest.raises(UserError, match="after the arm's stages"):
+        parse_arm("patch-75/optimizer=muon+whole", BASE)
+
+
 def test_an_arm_may_start_from_a_run_of_its_seed() -> None:
     arm = parse_arm("mine=whole/lr=1e-4/init=runs/pre-{seed}/x", BASE)
     assert arm.name == "mine" and arm.stages[0].lr == 1e-4
