@@ -314,6 +314,8 @@ def _perform(
     # Threads that spin long while they wait make a step forty times slower when another process wants the same cores; a short
     # spin costs nothing when none does (docs/experiments.md). Read by the OpenMP runtime when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(verb, Train | Sample | Evaluate):
+        raise UserError(f"{arguments[0]} is work for one process; start it without torchrun (train, sample and evaluate are shared)")
     warnings.filterwarnings("ignore", module=r"diffusers|torch\.utils\.tensorboard|multiprocessing")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     from maskdm import runs
