@@ -11,6 +11,7 @@ import torch
 from maskdm.config import Budget, Config, NoMask, Optimizer, PatchMask, Stage
 from maskdm.data import Dataset, Loader, open_source, prepare
 from maskdm.engine import Trainer, make_optimizer
+from maskdm.engine.muon import Muon
 from maskdm.errors import UserError
 from maskdm.models import DiT, UViT, build
 from maskdm.recipes import recipe
@@ -66,6 +67,23 @@ def test_a_step_has_the_stated_size_and_no_direction_is_longer() -> None:
             assert 0.5 * expected < values.min() and values.max() < 1.3 * expected, name
         else:  # AdamW's first step is of the rate's size
             assert (p.detach() - before[name]).abs().mean() == pytest.approx(1e-3, rel=0.01), name
+
+
+def test_it_is_the_one_of_torch() -> None:
+    torch.manual_seed(0)
+    model = DiT(8, 1, 2, 32, 2, 2)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for name, p in model.named_parameters() if name in model.hidden_matrices()]
+    ours = [p for name, p in model.named_parameters() if name in model.hidden_matrices()]
+    torchs = torch.optim.Muon(theirs, lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    mine = Muon([{"params": ours, "weight_decay": 0.1}], 3e-3)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        torchs.step()
+        mine.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=2e-4), (a - b).abs().max()  # bf16 within
 
 
 @pytest.mark.parametrize("stop", [2, 3, 5])

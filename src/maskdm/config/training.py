@@ -58,7 +58,7 @@ class Optimizer:
     """AdamW (arXiv 1711.05101), or with Muon for the matrices of blocks; no decay on norms, biases, positions and embeddings."""
 
     name: Annotated[Literal["adamw", "muon"], "muon: steps along orthogonalised gradients for the matrices of the blocks"] = "adamw"
-    muon: Annotated[float, "Muon's learning rate, relative to the stage's at AdamW's size of step"] = 4.0
+    muon: Annotated[float, "Muon's learning rate, relative to the stage's at AdamW's size of step"] = 2.0
     betas: Annotated[tuple[float, float], "decay of the gradient's mean and of its square"] = (0.99, 0.99)
     weight_decay: Annotated[float, "decoupled weight decay of the matrices"] = 0.03
     clip: Annotated[float | None, "largest gradient norm; none for no clipping"] = 1.0

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from maskdm.config import Ema, Optimizer, Stage
+from maskdm.engine.muon import Muon
 from maskdm.engine.posthoc import gamma_of, kept_share
 from maskdm.engine.sharding import like
 from maskdm.models import Denoiser
@@ -65,7 +66,7 @@ def make_optimizer(model: Denoiser, settings: Optimizer, lr: float) -> Together:
     if not muon:
         return Together(adamw)
     matrices = {"params": [p for name, p in model.named_parameters() if name in muon]} | kept | {"factor": settings.muon}
-    return Together(adamw, torch.optim.Muon([matrices], lr=lr, adjust_lr_fn="match_rms_adamw"))
+    return Together(adamw, Muon([matrices], lr))
 
 
 def learning_rate(stage: Stage, step: int, progress: float) -> float:
