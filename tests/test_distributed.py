@@ -149,6 +149,39 @@ def test_when_one_is_killed_the_other_ends_and_says_so_and_the_run_resumes(alone
 
 
 @pytest.mark.slow
+def test_torchrun_begins_again_by_itself(alone: Path, tmp_path: Path, cache: str) -> None:
+    out = tmp_path / "run"
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--max-restarts",
+        "1",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "maskdm",
+    ]
+    agent = subprocess.Popen(
+        [*torchrun, "-m", "maskdm", *TRAIN, "--out", str(out)],
+        env=os.environ | {"MASKDM_CACHE": cache, "GOMP_SPINCOUNT": "1000"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(out, 22, [agent])
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    trainers = [int(child) for child in children if "maskdm" in Path(f"/proc/{child}/cmdline").read_text()]
+    assert len(trainers) == 2
+    os.kill(trainers[1], signal.SIGKILL)
+    ((code, _, said),) = finish([agent], 240)
+    assert code == 0 and "resuming from" in said, said
+    assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 1))
+    assert lines(out)[-1]["loss"] == pytest.approx(lines(alone)[-1]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", ["the process", "its main thread"])
 def test_when_one_hangs_the_others_end_within_a_minute(stops: str, tmp_path: Path, cache: str) -> None:
     out = tmp_path / "run"
