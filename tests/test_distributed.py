@@ -164,7 +164,7 @@ def test_torchrun_begins_again_by_itself(alone: Path, tmp_path: Path, cache: str
         "maskdm",
     ]
     agent = subprocess.Popen(
-        [*torchrun, "-m", "maskdm", *TRAIN, "--out", str(out)],
+        [*torchrun, *TRAIN, "--out", str(out)],
         env=os.environ | {"MASKDM_CACHE": cache, "GOMP_SPINCOUNT": "1000"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
