@@ -30,7 +30,7 @@ from maskdm.settings import to_plain
 AUTO = 0.8
 """Of the budget, for a masked stage that ends by evidence (`@auto`), at most."""
 
-SHARE = 0.5
+SHARE = 0.25
 """Of the budget, for a masked stage that names none."""
 
 HIDDEN = {"block": 0.9, "defer": 0.75, "sprint": 0.75}
