@@ -341,6 +341,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 LONGER = [*TINY, "--pretrain.budget.steps", "60", "--finetune.budget.steps", "40", "--intervals.save", "7"]
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_equals_undisturbed(tmp_path: Path) -> None:
     arguments = ["train", "digits", "--recipe", "digits", *LONGER]
     assert run_command([*arguments, "--out", str(tmp_path / "whole")]) == 0

@@ -307,6 +307,7 @@ def test_a_stage_that_patience_ended_goes_on_under_another_budget_or_patience(tm
     assert state() == ([pretrain, 40], False)
 
 
+@pytest.mark.slow
 def test_stopping_and_the_best_survive_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from maskdm.runs.watch import Watch
 

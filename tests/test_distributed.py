@@ -257,6 +257,7 @@ def test_a_cut_network_learns_in_bf16_and_in_pieces(alone: Path, tmp_path: Path,
         assert b["loss"] == pytest.approx(a["loss"], rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_batch_too_small_is_refused(tmp_path: Path, cache: str) -> None:
     ended = finish(start(2, tmp_path / "run", cache, "--finetune.batch", "1"))
     assert [code for code, _, _ in ended] == [2, 2]

@@ -37,8 +37,8 @@ COMMAND = [
     "--intervals.sample", "30", "--sampling.steps", "2", "--sampling.num", "4",
 ]  # fmt: skip
 
-PATIENCE = 120.0
-"""Seconds after which a run hangs."""
+PATIENCE = 600.0
+"""Seconds after which a run hangs: it takes ten or twenty, but others may want the machine."""
 
 
 @dataclass

@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        gradients, before = (torch.stack(each) for each in ([p.grad for p in parameters], buffers))
+        gradients, before = torch.stack([p.grad for p in parameters if p.grad is not None]), torch.stack(buffers)
         momentum = before.lerp(gradients, 1 - group["momentum"])
         direction = orthogonalised(gradients.lerp(momentum, group["momentum"]))
         weights = torch.stack(parameters)
@@ -65,5 +65,6 @@ class Muon(torch.optim.Optimizer):
         if self.found_inf is not None:
             fine = self.found_inf == 0
             momentum, changed = torch.where(fine, momentum, before), torch.where(fine, changed, weights)
-        torch._foreach_copy_(buffers, list(momentum.unbind()))
-        torch._foreach_copy_(parameters, list(changed.unbind()))
+        for buffer, parameter, new, moved in zip(buffers, parameters, momentum, changed, strict=True):
+            buffer.copy_(new)
+            parameter.copy_(moved)
