@@ -112,6 +112,7 @@ CHANGES: dict[str, str] = {
     "stages.one.warmup": "0",
     "stages.two.decay": "constant",
     "stages.two.start_from": "ema",
+    "stages.two.lesson.kind": "{kind: halve, steps: 2}",
     "optimizer.betas": "0.8,0.9",
     "optimizer.weight_decay": "0.5",
     "optimizer.clip": "0.01",
@@ -130,6 +131,7 @@ CHANGES: dict[str, str] = {
 
 ELSEWHERE = {
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
+    "model.dial", "model.shortcuts",  # tests/test_distillation.py, with the settings of lessons
     "stages.one.budget.auto",  # tests/test_switch.py
     "guard.spike", "guard.in_a_row", "guard.rollbacks",  # tests/test_guard.py
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",

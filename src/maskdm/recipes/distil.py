@@ -48,7 +48,7 @@ def distil(teacher: Config, path: str, plan: Plan) -> tuple[Config, tuple[str, .
     guided = teacher.data.conditional and teacher.diffusion.label_drop > 0
     scales = (plan.scales or (1.0, 4.0)) if guided else None
     lessons, reasons = _lessons(teacher, plan, guided)
-    mask = parse_arm(plan.mask, teacher).stages[0].mask if plan.mask else NoMask()
+    mask = _mask(plan.mask, teacher) if plan.mask else NoMask()
     weights = [LONG if isinstance(lesson, Convert | Guided | Shortcut) or lesson.steps <= 2 else 1 for _, lesson in lessons]
     if plan.updates < len(lessons):
         raise UserError(f"--updates is {plan.updates}; give at least {len(lessons)}, one for each stage")
@@ -82,6 +82,13 @@ def distil(teacher: Config, path: str, plan: Plan) -> tuple[Config, tuple[str, .
     )
     dial = () if scales is None else (f"guidance from {scales[0]:g} to {scales[1]:g} is told the network: one evaluation a step",)
     return config, (f"teacher {path}, and its network, data and noise", *dial, *reasons)
+
+
+def _mask(text: str, teacher: Config) -> Mask:
+    try:
+        return parse_arm(text, teacher).stages[0].mask
+    except UserError as error:
+        raise UserError(str(error).replace("--arms", "--mask")) from None
 
 
 def _check(teacher: Config, path: str, plan: Plan) -> None:
