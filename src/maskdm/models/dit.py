@@ -126,8 +126,7 @@ class DiT(Denoiser):
                 x, turn = self._rejoin(x, everything, positions, None if route is None else route.kept, route), whole_turn
             if x.shape[1]:
                 x = self._run(block, x, condition, turn)
-        scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.out(_modulate(self.norm(x), scale, shift))
+        return self.out(_modulate(self.norm(x), *self.modulation(condition)[:, None].chunk(2, dim=-1)))
 
 
 def _absolute_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "patches width"]:

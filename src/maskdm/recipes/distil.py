@@ -14,6 +14,7 @@ from maskdm.config import (
     Halve,
     Hardware,
     Lesson,
+    Mask,
     NoMask,
     Shortcut,
     Stage,
@@ -49,7 +50,7 @@ def distil(teacher: Config, path: str, plan: Plan) -> tuple[Config, tuple[str, .
     scales = (plan.scales or (1.0, 4.0)) if guided else None
     lessons, reasons = _lessons(teacher, plan, guided)
     mask = _mask(plan.mask, teacher) if plan.mask else NoMask()
-    weights = [LONG if isinstance(lesson, Convert | Guided | Shortcut) or lesson.steps <= 2 else 1 for _, lesson in lessons]
+    weights = [1 if isinstance(lesson, Halve) and lesson.steps > 2 else LONG for _, lesson in lessons]
     if plan.updates < len(lessons):
         raise UserError(f"--updates is {plan.updates}; give at least {len(lessons)}, one for each stage")
     last = teacher.stages[-1]
