@@ -32,9 +32,9 @@ PUBLIC = {
     "maskdm.recipes": ["OFFERED", "RECIPES", "Choice", "choose", "recipe"],
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
-        "CompareRequest", "Display", "Diverged", "EvaluateRequest", "Interrupted", "Lost", "SampleRequest", "SweepRequest", "TrainRequest",
-        "compare", "compare_reports", "describe_data", "ema_sweep", "evaluate", "parse_lengths", "plan", "report_run", "sample_run",
-        "train",
+        "CompareRequest", "Display", "DistilRequest", "Diverged", "EvaluateRequest", "Interrupted", "Lost", "SampleRequest", "SweepRequest",
+        "TrainRequest", "compare", "compare_reports", "describe_data", "distil_run", "ema_sweep", "evaluate", "parse_lengths", "plan",
+        "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

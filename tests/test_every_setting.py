@@ -113,6 +113,7 @@ CHANGES: dict[str, str] = {
     "stages.two.decay": "constant",
     "stages.two.start_from": "ema",
     "optimizer.name": "muon",
+    "stages.two.lesson.kind": "{kind: halve, steps: 2}",
     "optimizer.betas": "0.8,0.9",
     "optimizer.weight_decay": "0.5",
     "optimizer.clip": "0.01",
@@ -131,6 +132,7 @@ CHANGES: dict[str, str] = {
 
 ELSEWHERE = {
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
+    "model.dial", "model.shortcuts",  # tests/test_distillation.py, with the settings of lessons
     "stages.one.budget.auto",  # tests/test_switch.py
     "optimizer.muon",  # tests/test_muon.py
     "guard.spike", "guard.in_a_row", "guard.rollbacks",  # tests/test_guard.py

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maskdm.config import Config, DiTConfig, Mask, NoMask, UViTConfig
+from maskdm.config import Config, Convert, Denoise, DiTConfig, Guided, Halve, Mask, NoMask, Shortcut, Stage, UViTConfig
 from maskdm.masking import num_sequences, tokens_of_blocks
 
 
@@ -28,6 +28,19 @@ def flops(config: Config, mask: Mask, images: int | float) -> float:
     joined = [*joined, tokens[-1]] if model.fuse else joined
     each = sum(n * per_token + 4 * n**2 * width + per_sequence for n in tokens) + 4 * sum(joined) * width**2
     return 3.0 * images * num_sequences(mask) * each
+
+
+def stage_flops(config: Config, stage: Stage, images: int | float) -> float:
+    """As `flops`, with the forward passes of a stage's teacher, of which three cost what a training step does."""
+    guided = 2.0 if config.model.dial else 1.0
+    match stage.lesson:
+        case Denoise() | Convert():
+            passes = 0.0
+        case Guided() | Halve():
+            passes = 2.0
+        case Shortcut():  # of a quarter of the batch two steps, of the rest the teacher
+            passes = 0.5 + 0.75 * guided
+    return flops(config, stage.mask, images) * (1 + passes / 3)
 
 
 def cost_ratio(config: Config, mask: Mask, other: Mask) -> float:

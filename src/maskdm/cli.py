@@ -8,7 +8,8 @@ import io
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, assert_never
 
@@ -16,6 +17,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from maskdm import __version__
+from maskdm.command_line import OPTIONS, TRAIN_OPTIONS, CommandLine, split_settings
 from maskdm.config import GuideName, SchedulerName
 from maskdm.errors import UserError, of_storage
 from maskdm.recipes import OFFERED
@@ -86,6 +88,29 @@ class Compare:
     num: Annotated[int, arg(help="samples drawn of each run, for the distance")] = 500
     recipe: Annotated[str | None, arg(help=RECIPES)] = None
     config: Annotated[Path | None, arg(help="YAML file of settings; what it leaves out is chosen")] = None
+
+
+@dataclass
+class Distil:
+    """Distil a run: a network that samples as it does in a few steps, with the guidance scale as a condition; the same command resumes.
+
+    Stages: guidance in one evaluation (where the run has classes), then half the sampling steps, again and again. Takes settings as
+    `maskdm train` does (--batch 64, --guided.lr 1e-4).
+    """
+
+    run: Run
+    out: Annotated[Path, arg(help="directory of the distilled run, a run as any other")]
+    steps: Annotated[int, arg(help="sampling steps of the teacher at the beginning: --end times a power of two")] = 32
+    end: Annotated[int, arg(help="sampling steps at the end")] = 1
+    scales: Annotated[str | None, arg(help="least and largest guidance scale; 1,4 if left out, for a run with classes")] = None
+    method: Annotated[
+        Literal["halve", "shortcut"], arg(help="progressive halving; or shortcut: all numbers of steps at once, in one stage")
+    ] = "halve"
+    updates: Annotated[int | None, arg(help="optimizer steps of all stages together; as many as RUN took if left out")] = None
+    mask: Annotated[str | None, arg(help="mask under which teacher and student see images, such as patch-50; none if left out")] = None
+    data: Annotated[str | None, arg(help="the images, where those that RUN was trained on have moved")] = None
+    dry_run: Annotated[bool, arg(help="print the whole configuration and the plan, and train nothing")] = False
+    fork: Annotated[bool, arg(help="let a run go on under changed settings")] = False
 
 
 @dataclass
@@ -181,6 +206,7 @@ Verb = (
     Annotated[Train, subcommand("train")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Distil, subcommand("distil")]
     | Annotated[DataVerb, subcommand("data")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
@@ -188,43 +214,7 @@ Verb = (
     | Annotated[Report, subcommand("report")]
 )
 
-TRAIN_OPTIONS = ("--out", "--recipe", "--config")
-OPTIONS = {
-    "train": (),
-    "plan": ("--price-per-hour", "--price_per_hour"),
-    "compare": ("--budget", "--arms", "--seeds", "--features", "--num"),
-}
-"""Verbs that take the settings of a run, and the options that each has beside TRAIN_OPTIONS."""
-
-TRAIN_FLAGS = ("--dry-run", "--no-dry-run", "--fork", "--no-fork", "--help", "-h")
-
-
-@dataclass
-class CommandLine:
-    """The arguments, with the settings of a run taken out: those are checked against the configuration, not by tyro."""
-
-    rest: list[str] = field(default_factory=list[str])
-    settings: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-
-
-def split_settings(arguments: list[str], options: tuple[str, ...] = TRAIN_OPTIONS) -> CommandLine:
-    """Separate `--any.setting value`, `--any.setting=value` and bare `--switch` / `--no-switch` from train's own options."""
-    line, waiting = CommandLine(), list(arguments)
-    while waiting:
-        word = waiting.pop(0)
-        name, has_value, value = word.partition("=")
-        if not word.startswith("--") or name.replace("_", "-") in TRAIN_FLAGS:
-            line.rest.append(word)
-        elif name in options:
-            line.rest.extend([word] if has_value or not waiting else [word, waiting.pop(0)])
-        elif has_value:
-            line.settings.append((name[2:], value))
-        elif waiting and not waiting[0].startswith("--"):
-            line.settings.append((word[2:], waiting.pop(0)))
-        else:
-            off = word.startswith("--no-")
-            line.settings.append((word[5:] if off else word[2:], "false" if off else "true"))
-    return line
+AnyVerb = Train | Plan | Compare | Distil | DataVerb | Sample | Evaluate | EmaSweep | Report
 
 
 def main() -> None:
@@ -273,7 +263,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Plan | Compare | DataVerb | Sample | Evaluate | EmaSweep | Report | int:
+def _parse(arguments: list[str]) -> AnyVerb | int:
     """The verb, or an exit code after --help. Raises UserError: tyro's boxed message, as one line."""
     printed = io.StringIO()
     try:
@@ -305,7 +295,9 @@ def _settings_help() -> str:
 
 
 def _perform(
-    verb: Train | Plan | Compare | DataVerb | Sample | Evaluate | EmaSweep | Report, settings: list[tuple[str, str]], arguments: list[str]
+    verb: Train | Plan | Compare | Distil | DataVerb | Sample | Evaluate | EmaSweep | Report,
+    settings: list[tuple[str, str]],
+    arguments: list[str],
 ) -> int:
     import logging
     import warnings
@@ -320,13 +312,17 @@ def _perform(
 
     match verb:
         case Train():
-            return _train(verb, settings, arguments)
+            asked = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings), verb.dry_run, verb.fork)
+            return _trained(lambda: runs.train(asked, _command(arguments), runs.Display()))
         case Plan():
             nowhere = Path(os.devnull).parent / "maskdm-plan"  # no run is there: `plan` writes none
             request = runs.TrainRequest(verb.data, nowhere, verb.recipe, verb.config, tuple(settings))
             print(runs.plan(request, verb.price_per_hour, verb.out, runs.Display()))
         case Compare():
             return _compare(verb, settings)
+        case Distil():
+            request = runs.DistilRequest(**vars(verb), settings=tuple(settings))
+            return _trained(lambda: runs.distil_run(request, _command(arguments), runs.Display()))
         case DataVerb():
             print(runs.describe_data(verb.data, verb.image_size, runs.Display()))
         case Sample():
@@ -383,14 +379,17 @@ def _report(verb: Report) -> Path:
     return runs.report_run(folders[0])
 
 
-def _train(verb: Train, settings: list[tuple[str, str]], arguments: list[str]) -> int:
+def _command(arguments: list[str]) -> str:
     import shlex
 
+    return shlex.join(["maskdm", *arguments])
+
+
+def _trained(work: Callable[[], str]) -> int:
     from maskdm import runs
 
-    request = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings), verb.dry_run, verb.fork)
     try:
-        said = runs.train(request, shlex.join(["maskdm", *arguments]), runs.Display())
+        said = work()
         if said:  # in the first of several processes
             print(said)
     except runs.Interrupted as stop:

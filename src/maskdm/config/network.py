@@ -69,7 +69,15 @@ def swiglu_width(width: int, mlp_ratio: float) -> int:
 
 
 FUSE = "blocks at either end past which inner ones may be skipped, joined again by a layer (SPRINT); 0: no such layer"
+DIAL = "least and largest guidance scale that is told the network as a condition, for the lesson guided: 1,4; none: it takes none"
+SHORTCUTS = "most sampling steps whose number is told the network as a condition, for the lesson shortcut; 0: it takes none"
 TOKEN = "a learned token that stands for hidden patches in the last blocks, for the mask decode (MaskDiT)"
+
+
+def _check_conditions(dial: tuple[float, float] | None, shortcuts: int) -> None:
+    good = dial is None or (0 <= dial[0] <= 1 <= dial[1] and dial[0] < dial[1])
+    require(good, f"model.dial is {dial}; give two guidance scales with 1, which is none, in their range, such as 1,4")
+    require(shortcuts == 0 or shortcuts >= 2, f"model.shortcuts is {shortcuts}; give 0, or at least 2")
 
 
 def _check_transformer(width: int, depth: int, heads: int, patch: int, mlp_ratio: float, fuse: int) -> None:
@@ -93,9 +101,12 @@ class UViTConfig(_Patched):
     transform: Annotated[Transform, TRANSFORM] = "pixels"
     fuse: Annotated[int, FUSE] = 0
     mask_token: Annotated[bool, TOKEN] = False
+    dial: Annotated[tuple[float, float] | None, DIAL] = None
+    shortcuts: Annotated[int, SHORTCUTS] = 0
 
     def __post_init__(self) -> None:
         _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio, self.fuse)
+        _check_conditions(self.dial, self.shortcuts)
         require(self.width % 2 == 0, f"model.width {self.width} must be even, for the sinusoidal time token")
 
 
@@ -112,6 +123,8 @@ class DiTConfig(_Patched):
     transform: Annotated[Transform, TRANSFORM] = "pixels"
     fuse: Annotated[int, FUSE] = 0
     mask_token: Annotated[bool, TOKEN] = False
+    dial: Annotated[tuple[float, float] | None, DIAL] = None
+    shortcuts: Annotated[int, SHORTCUTS] = 0
 
     @property
     def hidden(self) -> int:
@@ -120,6 +133,7 @@ class DiTConfig(_Patched):
 
     def __post_init__(self) -> None:
         _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio, self.fuse)
+        _check_conditions(self.dial, self.shortcuts)
         per_head = self.width // self.heads
         require(per_head % 4 == 0, f"model.width {self.width} over model.heads {self.heads} is {per_head}; make it a multiple of 4")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from maskdm.config.check import require
+from maskdm.config.lessons import Convert, Denoise, Guided, Halve, Shortcut, is_halved
 from maskdm.config.masks import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, ReduceMask, RouteMask, ViewsMask
 from maskdm.config.network import (
     Data,
@@ -88,6 +89,44 @@ class Config:
                 raise UserError(f"{where}: {limits}; limit both by the same")
             require(self.data.heldout > 0, f"{where} goes by the held-out loss, and data.heldout is 0; hold some images out")
 
+    def _check_lessons(self) -> None:
+        """What a teacher needs, and what a student must be told."""
+        lessons = [stage.lesson for stage in self.stages]
+        orphan = self.init is None and not isinstance(lessons[0], Denoise)
+        require(not orphan, f"stages.{self.stages[0].name}.lesson {lessons[0].kind} has no teacher; name a run with --init")
+        taught = self.init is not None or any(isinstance(lesson, Guided | Shortcut) for lesson in lessons)
+        require(self.model.dial is None or taught, "model.dial is set, and no stage teaches it; add one with lesson guided")
+        require(not self.model.shortcuts or taught, "model.shortcuts is set, and no stage teaches it; add one with lesson shortcut")
+        blind = self.evaluation.patience is not None and self.evaluation.measure == "heldout-loss"
+        for number, stage in enumerate(self.stages):
+            if isinstance(stage.lesson, Denoise):
+                continue
+            where, what = f"stages.{stage.name}", f"lesson {stage.lesson.kind}"
+            whole = isinstance(stage.mask, NoMask | PatchMask | BlockMask | CropMask | ViewsMask)
+            require(whole, f"{where}.mask {stage.mask.kind} does not go with {what}; give none, patch, block, crop or views")
+            require(not self.hardware.shard, f"{where}: with {what} a whole teacher is kept in each process; leave hardware.shard out")
+            require(not blind, f"evaluation.patience goes by the held-out loss, which says nothing of {where}; leave it out")
+            self._check_lesson(f"{where}.{what}", stage, number)
+
+    def _check_lesson(self, where: str, stage: Stage, number: int) -> None:
+        stepwise = isinstance(stage.lesson, Halve | Shortcut)
+        flow = stepwise and self.diffusion.schedule == "flow"
+        require(not flow, f"{where} is of DDIM steps, which schedule flow has none of; distil a model of another schedule")
+        require(self.diffusion.target != "eps", f"{where} needs target v or x0: at full noise nothing can be told from eps")
+        match stage.lesson:
+            case Convert():
+                require(number == 0, f"{where} is for the first stage alone")
+            case Guided():
+                require(self.data.conditional, f"{where} needs a teacher with classes, and this run is unconditional")
+                require(self.diffusion.label_drop > 0, f"{where} needs a null class, and diffusion.label_drop is 0")
+                require(self.model.dial is not None, f"{where} needs the range of scales; set model.dial, such as 1,4")
+            case Shortcut(steps=end):
+                good = self.model.shortcuts > end and is_halved(self.model.shortcuts, end)
+                need = f"{where} needs {end} times a power of two, such as {32 * end}"
+                require(good, f"model.shortcuts is {self.model.shortcuts}; {need}")
+            case _:
+                pass
+
     def check(self) -> None:
         """What no part can check alone: that patches divide the image and masks the grid. Raises UserError."""
         together = self.hardware.shard and self.optimizer.name == "muon"
@@ -102,6 +141,7 @@ class Config:
             raise UserError(f"image_size {size} is not a multiple of {patch}; use --image-size {fitting} or another --patch")
         self._check_patience()
         self._check_auto()
+        self._check_lessons()
         down, across = self.grid
         for stage in self.stages:
             match stage.mask:

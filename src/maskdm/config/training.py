@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from maskdm.config.check import require
+from maskdm.config.lessons import DENOISE, Lesson
 from maskdm.config.masks import Mask, NoMask
 
 WHOLE = NoMask()
@@ -33,6 +34,7 @@ class Stage:
     name: Annotated[str, "the stage's name, in logs and on the command line"]
     budget: Annotated[Budget, "how long the stage lasts"]
     mask: Annotated[Mask, "which patches are seen: none, patch, block, crop, views, route, defer, decode or reduce"] = WHOLE
+    lesson: Annotated[Lesson, "what is learned: denoise, images; or of a teacher: convert, guided, halve or shortcut"] = DENOISE
     batch: Annotated[int, "images per optimizer step"] = 128
     accumulate: Annotated[int, "pieces a batch is computed in, to save memory; must divide the batch"] = 1
     lr: Annotated[float, "learning rate after warm-up"] = 2e-4

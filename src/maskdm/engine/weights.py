@@ -14,6 +14,9 @@ from maskdm.models import Denoiser, UViT
 
 POSITIONS = "positions.weight"
 CLASSES = "class_embedding.weight"
+DIALS = ("guidance_dial.", "steps_dial.")
+"""Layers of numbers that are conditions: they start at zero, so a network may be given them."""
+
 PIXELS = ("patch_embedding.", "out.")
 """Where the tensors are whose shape depends on the patch size and the channels of the images."""
 
@@ -82,6 +85,8 @@ def _adapt(name: str, old: Tensor | None, fresh: Tensor, source: Denoiser, targe
             value[-1] = old[-1]
         other = ", other ones" if source.num_classes == target.num_classes else ""
         return value, Transfer(name, "re-initialised", f"{source.num_classes} -> {target.num_classes} classes{other}")
+    if name.startswith(DIALS):
+        return fresh, Transfer(name, "re-initialised", "a condition that the weights do not know; it changes nothing at the start")
     channels = (source.config["in_channels"], target.config["in_channels"])
     if name.startswith(PIXELS) and channels[0] != channels[1]:
         return fresh, Transfer(name, "re-initialised", f"{channels[0]} -> {channels[1]} channels")

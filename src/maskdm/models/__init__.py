@@ -30,6 +30,8 @@ def build(model: Model, data: Data, num_classes: int) -> Denoiser:
                 model.transform,
                 model.fuse,
                 model.mask_token,
+                model.dial,
+                model.shortcuts,
             )
         case DiTConfig():
             return DiT(
@@ -44,4 +46,6 @@ def build(model: Model, data: Data, num_classes: int) -> Denoiser:
                 model.transform,
                 model.fuse,
                 model.mask_token,
+                model.dial,
+                model.shortcuts,
             )

@@ -11,6 +11,7 @@ from maskdm.runs.compare import CompareRequest, compare
 from maskdm.runs.data import describe_data
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
+from maskdm.runs.distil import DistilRequest, distil_run
 from maskdm.runs.evaluate import EvaluateRequest, evaluate
 from maskdm.runs.forecast import plan
 from maskdm.runs.observe import Diverged
@@ -23,6 +24,7 @@ from maskdm.runs.train import Interrupted, train
 __all__ = [
     "CompareRequest",
     "Display",
+    "DistilRequest",
     "Diverged",
     "EvaluateRequest",
     "Interrupted",
@@ -33,6 +35,7 @@ __all__ = [
     "compare",
     "compare_reports",
     "describe_data",
+    "distil_run",
     "ema_sweep",
     "evaluate",
     "parse_lengths",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from maskdm.arithmetic import flops, ideal_speedup
+from maskdm.arithmetic import ideal_speedup, stage_flops
 from maskdm.config import Budget, Config, Ema, NoMask, Stage
 from maskdm.data import Dataset, Loader
 from maskdm.engine import (
@@ -120,7 +120,7 @@ def forecast(resolved: Resolved, dataset: Dataset, price_per_hour: float | None,
     parameters = _parameters(config, classes)
     return Forecast(
         parameters=parameters,
-        flops=sum(flops(config, stage.mask, found.images) for stage, found in zip(config.stages, stages, strict=True)),
+        flops=sum(stage_flops(config, stage, found.images) for stage, found in zip(config.stages, stages, strict=True)),
         tokens=config.tokens,
         images=len(dataset),
         stages=stages,
@@ -233,7 +233,7 @@ def _stage(config: Config, stage: Stage, found: _Measured, whole: _Measured, cei
         seconds=steps * per_step,
         memory=found.memory,
         images_per_second=rate,
-        share_of_ceiling=rate * flops(config, stage.mask, 1) / ceiling,
+        share_of_ceiling=rate * stage_flops(config, stage, 1) / ceiling,
         speedup=rate / whole.images_per_second if masked else None,
         ideal_speedup=ideal_speedup(config, stage.mask) if masked else None,
     )

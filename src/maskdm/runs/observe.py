@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskdm.arithmetic import flops, tokens_per_image
+from maskdm.arithmetic import stage_flops, tokens_per_image
 from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
 from maskdm.draws import ROWS, derive
@@ -23,7 +23,7 @@ from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
 from maskdm.runs.plan import stage_records
-from maskdm.runs.sample import draw_images
+from maskdm.runs.sample import draw_images, sampling_in_stage
 from maskdm.runs.store import checkpoint_name, checkpoint_numbers, load_state, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
 from maskdm.sampling import seeded
@@ -242,7 +242,7 @@ class Observer:
         found = {
             "images_per_second": rate,
             "tokens_per_second": rate * tokens_per_image(self.config, step.stage.mask),
-            "share_of_ceiling": rate * flops(self.config, step.stage.mask, 1) / self._ceiling,
+            "share_of_ceiling": rate * stage_flops(self.config, step.stage, 1) / self._ceiling,
             "data_wait": waited / seconds,
             "memory": float(peak_memory(self.trainer.device)),
         }
@@ -321,7 +321,8 @@ class Observer:
         part = range(self.ranks.rank * each, (self.ranks.rank + 1) * each)  # as many in each: a network that is cut computes in step
         mine = None if labels is None else [labels[min(i, num - 1)] for i in part]
         with self.ranks.at("drawing samples"):
-            drawn = draw_images(pipeline, self.config.sampling, part, mine, self.config.seed, self.trainer.precision)
+            settings = sampling_in_stage(self.config, self.trainer.progress.stage)
+            drawn = draw_images(pipeline, settings, part, mine, self.config.seed, self.trainer.precision)
             return np.concatenate(self.ranks.gather(drawn))[:num]
 
     # --- the end ---

@@ -37,6 +37,10 @@ class TrainRequest:
     settings: Assignments = ()
     dry_run: bool = False
     fork: bool = False
+    base: Config | None = None
+    """The configuration to begin with, where it is neither a recipe's nor chosen."""
+    reasons: tuple[str, ...] = ()
+    """Why that is as it is."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ def resolve(request: TrainRequest) -> Resolved:
 
 
 def _base(request: TrainRequest, run: RunDirectory, source: Source) -> tuple[Config, tuple[str, ...]]:
+    if request.base is not None:
+        return request.base, request.reasons
     if request.recipe:
         return _of_recipe(request.recipe, request)
     file = {} if request.config_file is None else read_yaml(request.config_file)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import maskdm
-from maskdm.config import Config, GuideName, Hardware, Sampling, SchedulerName
+from maskdm.config import Config, GuideName, Halve, Hardware, Sampling, SchedulerName
 from maskdm.data import to_uint8
 from maskdm.engine import Precision, autocast, out_of_memory, this_machine
 from maskdm.errors import UserError, nearest
@@ -26,7 +26,7 @@ TOKENS = {"cpu": 4096, "cuda": 1 << 18, "mps": 1 << 15}
 
 def fitting_batch(pipeline: maskdm.MaskDMPipeline, guidance: float = 1.0, guide: GuideName = "label") -> int:
     """Images to compute at a time: a function of the network and the kind of device, so that a seed gives the same images again."""
-    twice = 2 if guidance != 1 and guide == "label" and pipeline.unet.num_classes else 1
+    twice = 2 if guidance != 1 and guide == "label" and pipeline.unet.num_classes and pipeline.unet.guidance_dial is None else 1
     return max(1, TOKENS[pipeline.device.type] // (pipeline.unet.tokens * twice))
 
 
@@ -130,6 +130,10 @@ def check_guidance(settings: Sampling, config: Config) -> None:
     """Raise UserError where guidance would have nothing to work with."""
     if settings.guidance == 1:
         return
+    if config.model.dial is not None:
+        low, high = config.model.dial
+        if settings.guide == "path" or not low <= settings.guidance <= high:
+            raise UserError(f"this network is told the guidance scale, from {low:g} to {high:g}; give one of these, and guide label")
     if settings.guide == "path" and not config.model.fuse:
         raise UserError("guide path needs a network trained with model.fuse, and this one has none; use guide label, or guidance 1")
     if settings.guide == "label" and not config.data.conditional:
@@ -148,6 +152,15 @@ def sampling_settings(config: Config, request: SampleRequest) -> Sampling:
     settings = replace(config.sampling, **given)
     check_guidance(settings, config)
     return settings
+
+
+def sampling_in_stage(config: Config, number: int) -> Sampling:
+    """How samples are drawn in a stage, by its number: in as many steps as its student, or the next one's teacher, is made for."""
+    here = config.stages[number].lesson if number < len(config.stages) else None
+    if isinstance(here, Halve):
+        return replace(config.sampling, steps=here.steps)
+    coming = [2 * stage.lesson.steps for stage in config.stages[number:] if isinstance(stage.lesson, Halve)]
+    return replace(config.sampling, steps=coming[0]) if coming else config.sampling
 
 
 def choose_labels(names: Sequence[str], wanted: Sequence[str], num: int) -> list[int] | None:

@@ -18,11 +18,11 @@ import psutil
 import torch
 
 import maskdm
-from maskdm.config import Config
+from maskdm.config import Config, Convert, Denoise
 from maskdm.data import Dataset, Loader, prepare
 from maskdm.draws import derive
 from maskdm.engine import Lost, Ranks, Trainer, Transfer, checkpoint, environment, joined, keep_freed_memory, snapshots, transfer
-from maskdm.errors import UserError
+from maskdm.errors import UserError, shorten
 from maskdm.models import Denoiser, build
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
@@ -150,10 +150,16 @@ def initialize(config: Config, model: Denoiser, classes: list[str], display: Dis
     theirs = RunDirectory.existing(path).config()
     for name in ("target", "schedule"):
         was, now = getattr(theirs.diffusion, name), getattr(config.diffusion, name)
-        if was != now:
+        converted = name == "target" and isinstance(config.stages[0].lesson, Convert)
+        if was != now and not converted:
             raise UserError(f"--init {path} was trained with diffusion.{name} {was}, this run has {now}; use --{name} {was}")
     source, weights, origin = load_denoiser(path, config.stages[0].start_from)
-    report = transfer(source, weights, model, same_classes=class_names(path) == classes)
+    same = class_names(path) == classes
+    if not same and not isinstance(config.stages[0].lesson, Denoise):
+        raise UserError(
+            f"{path} knows the classes {shorten(', '.join(class_names(path)), 60)}, and the data has others; give it images of its own"
+        )
+    report = transfer(source, weights, model, same_classes=same)
     display.heading(f"weights from {origin}")
     for fate in ("loaded", "resized", "re-initialised", "unused"):
         of_fate = [each for each in report if each.fate == fate]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from maskdm.diffusion import Target, convert
 from maskdm.errors import UserError
 from maskdm.masking import Route
 from maskdm.models import Denoiser
+from maskdm.sampling.conditions import conditions
 from maskdm.sampling.schedulers import TARGETS, prediction_type
 
 
@@ -63,7 +65,8 @@ class MaskDMPipeline(DiffusionPipeline):
         labels = self._labels(class_labels, batch_size)
         if guide == "path" and not self.unet.fuse:
             raise UserError("guide path needs a network with fuse, and this one has none; use guide label")
-        guided = guidance_scale != 1 and (guide == "path" or self.unet.num_classes > 0)
+        asked = conditions(self.unet, guidance_scale, guide, num_inference_steps)
+        guided = self.unet.guidance_dial is None and guidance_scale != 1 and (guide == "path" or self.unet.num_classes > 0)
         shape = (batch_size, self.unet.config["in_channels"], *self.unet.size)
         x = randn_tensor(shape, generator=generator, device=self.device)
         if "clip_sample" in self.scheduler.config:  # on in the saved folder, for stock pipelines, which do not clip themselves
@@ -75,7 +78,7 @@ class MaskDMPipeline(DiffusionPipeline):
         steps: Any = self.progress_bar(self.scheduler.timesteps)  # pyright: ignore[reportCallIssue] - diffusers binds it oddly
         for number, t in enumerate(steps):
             model_input = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
-            output = self._predict(model_input, t, labels, guidance_scale if guided else 1.0, guide)
+            output = self._predict(model_input, t, labels, guidance_scale if guided else 1.0, guide, asked)
             x = self.scheduler.step(self._for_scheduler(output, model_input, t, clip), t, x, **extra).prev_sample
             if on_step is not None:
                 on_step(number, x)
@@ -96,15 +99,23 @@ class MaskDMPipeline(DiffusionPipeline):
             raise UserError(f"give one label per image, from 0 to {null - 1} ({null} for none): {batch} images, labels {labels.tolist()}")
         return labels
 
-    def _predict(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance: float, guide: GuideName = "label") -> Tensor:
+    def _predict(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        guidance: float,
+        guide: GuideName = "label",
+        asked: Mapping[str, float] = MappingProxyType({}),
+    ) -> Tensor:
         if guidance == 1.0:
-            return self.unet(x, t, labels).sample
+            return self.unet(x, t, labels, **asked).sample
         null = None if labels is None else torch.full_like(labels, self.unet.num_classes)
         if guide == "path":
             nothing = Route(torch.zeros(len(x), 0, dtype=torch.int64, device=x.device), self.unet.fuse, self.unet.fuse)
-            return torch.lerp(self.unet(x, t, null, route=nothing).sample, self.unet(x, t, labels).sample, guidance)
+            return torch.lerp(self.unet(x, t, null, route=nothing, **asked).sample, self.unet(x, t, labels, **asked).sample, guidance)
         assert labels is not None and null is not None
-        conditional, unconditional = self.unet(torch.cat([x, x]), t, torch.cat([labels, null])).sample.chunk(2)
+        conditional, unconditional = self.unet(torch.cat([x, x]), t, torch.cat([labels, null]), **asked).sample.chunk(2)
         return torch.lerp(unconditional, conditional, guidance)
 
     def _for_scheduler(self, output: Tensor, x: Tensor, t: Tensor, clip: bool) -> Tensor:
