@@ -12,8 +12,10 @@ from maskdm.runs.data import describe_data
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
 from maskdm.runs.evaluate import EvaluateRequest, evaluate
+from maskdm.runs.export import ExportRequest, export, parse_formats
 from maskdm.runs.forecast import plan
 from maskdm.runs.observe import Diverged
+from maskdm.runs.push import PushRequest, push
 from maskdm.runs.resolve import TrainRequest
 from maskdm.runs.sample import SampleRequest, sample, sampling_settings
 from maskdm.runs.store import load_pipeline
@@ -25,8 +27,10 @@ __all__ = [
     "Display",
     "Diverged",
     "EvaluateRequest",
+    "ExportRequest",
     "Interrupted",
     "Lost",
+    "PushRequest",
     "SampleRequest",
     "SweepRequest",
     "TrainRequest",
@@ -35,8 +39,11 @@ __all__ = [
     "describe_data",
     "ema_sweep",
     "evaluate",
+    "export",
+    "parse_formats",
     "parse_lengths",
     "plan",
+    "push",
     "report_run",
     "sample_run",
     "train",
