@@ -169,8 +169,8 @@ def test_what_is_missing_for_onnx_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_graph_that_differs_is_refused(tmp_path: Path) -> None:
     network = networks()["uvit"]
-    with pytest.raises(UserError, match=r"model\.onnx does not compute what the network does \(a difference of 0\.001\)"):
-        _check(network, lambda x, t: network(x, t).sample + 1e-3, tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=r"model\.onnx does not compute what the network does \(a difference of 0\.0"):
+        _check(network, lambda x, t: network(x, t).sample + 1e-2, tmp_path / "model.onnx")
     assert _check(network, lambda x, t: network(x, t).sample + 1e-5, tmp_path / "model.onnx") < 1e-4
 
 

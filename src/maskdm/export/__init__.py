@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maskdm.export.definitions import bundle
 from maskdm.export.card import Facts, card
+from maskdm.export.definitions import bundle
 from maskdm.export.folder import CODE, write_folder
 from maskdm.export.graphs import write_onnx, write_program
 

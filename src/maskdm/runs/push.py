@@ -64,12 +64,13 @@ def _sender(request: PushRequest) -> Callable[[Path], str]:
             if there and api.repo_info(request.to).private is False and not request.public:
                 raise UserError(f"{request.to} is there already, for all to see; add --public, or give another --to")
             api.create_repo(request.to, private=not request.public, exist_ok=True)
+            private = api.repo_info(request.to).private is not False
             sent: Any = api.upload_folder(repo_id=request.to, folder_path=folder, commit_message=f"maskdm {maskdm.__version__}")
         except HfHubHTTPError as error:
             words = " ".join(str(error.server_message or error).split())
             raise UserError(f"the hub refused {request.to}: {words}; see that the token may write there") from None
         except (OSError, HfHubHTTPError.__bases__[0]) as error:  # the second: of whichever library the hub's own goes by
             raise UserError(f"the hub cannot be reached ({' '.join(str(error).split())[:200]}); push again later") from None
-        return f"sent to {request.to} ({'public' if request.public else 'private'}): {sent}"
+        return f"sent to {request.to} ({'private' if private else 'public'}): {sent}"
 
     return send
