@@ -153,7 +153,7 @@ def initialize(config: Config, model: Denoiser, classes: list[str], display: Dis
         if was != now:
             raise UserError(f"--init {path} was trained with diffusion.{name} {was}, this run has {now}; use --{name} {was}")
     source, weights, origin = load_denoiser(path, config.stages[0].start_from)
-    report = transfer(source, weights, model, same_classes=class_names(path) == classes)
+    report = transfer(source, weights, model, (class_names(path), classes))
     display.heading(f"weights from {origin}")
     for fate in ("loaded", "resized", "re-initialised", "unused"):
         of_fate = [each for each in report if each.fate == fate]
