@@ -130,6 +130,7 @@ CHANGES: dict[str, str] = {
 
 ELSEWHERE = {
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
+    "lora.rank", "lora.scale",  # tests/test_lora.py
     "stages.one.budget.auto",  # tests/test_switch.py
     "guard.spike", "guard.in_a_row", "guard.rollbacks",  # tests/test_guard.py
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
