@@ -14,7 +14,7 @@ from maskdm.recipes import RECIPES, recipe
 from maskdm.settings import find
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("guide.md", "evaluation.md", "recipes.md"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("guide.md", "evaluation.md", "recipes.md", "export.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:

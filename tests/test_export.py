@@ -240,6 +240,23 @@ def test_exports_of_other_forms_and_weights(finished: Path, tmp_path: Path, caps
     assert "# Digits" in text and "- weights: as trained" in text and "`model.pt2`: the network as a graph" in text
 
 
+def test_a_run_is_exported_on_its_way_to_a_hub(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[str, set[str], str]] = []
+
+    def sender(request: Any) -> Any:
+        def send(folder: Path) -> str:
+            sent.append((folder.name, {path.name for path in folder.iterdir()}, (folder / "README.md").read_text()))
+            return "sent"
+
+        return send
+
+    monkeypatch.setattr(sys.modules["maskdm.runs.push"], "_sender", sender)
+    assert run_command(["push", str(finished), "--to", "anna/flowers", "--licence", "mit"]) == 0
+    name, files, text = sent[0]
+    assert name == "flowers" and {"README.md", "model_index.json", "unet"} <= files
+    assert "license: mit" in text and "# flowers" in text
+
+
 def test_bad_requests_are_refused_by_name(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")

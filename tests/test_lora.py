@@ -126,6 +126,7 @@ def test_what_was_adapted_can_be_exported_sampled_and_adapted_again(
 ) -> None:
     _, second, command = runs
     assert run_command(["sample", str(second), "--num", "2", "--out", str(tmp_path / "s"), "--ema", "0.1"]) == 0
+    assert run_command(["ema-sweep", str(second), "--sigma-rel", "0.1", "--save"]) == 0
     assert run_command(["export", str(second), "--out", str(tmp_path / "e")]) == 0
     exported = load_file(tmp_path / "e" / "unet" / "diffusion_pytorch_model.safetensors")
     assert not any("lora" in name or "base_layer" in name for name in exported)

@@ -129,8 +129,13 @@ def _anonymous(config: Config) -> Config:
     def last(path: str) -> str:
         return Path(path).name or path
 
-    data = replace(config.data, source=last(config.data.source))
-    return replace(config, data=data, init=None if config.init is None else last(config.init))
+    kind, colon, path = config.evaluation.features.partition(":")
+    return replace(
+        config,
+        data=replace(config.data, source=last(config.data.source)),
+        evaluation=replace(config.evaluation, features=kind + colon + last(path)),
+        init=None if config.init is None else last(config.init),
+    )
 
 
 def _measures(run: RunDirectory) -> dict[str, Any] | None:
