@@ -27,7 +27,10 @@ def test_from_gray_without_classes_to_larger_colour_with_classes(
     small = ["--model", shape, "--pretrain.budget.steps", "1", "--pretrain.batch", "4", "--finetune.batch", "4"]
     assert run_command(["train", str(tmp_path / "gray.npz"), "--out", str(first), *small, *FEW]) == 0, capsys.readouterr().err
     tuned = [*FEW, "--batch", "4"]
-    assert run_command(["train", str(tmp_path / "colour.npz"), "--out", str(second), "--init", str(first), *tuned, "--image-size", "16x24"]) == 0
+    assert (
+        run_command(["train", str(tmp_path / "colour.npz"), "--out", str(second), "--init", str(first), *tuned, "--image-size", "16x24"])
+        == 0
+    )
     said = capsys.readouterr().err
     for line in ("resized: patch_embedding.weight (1 -> 3 channels)", "re-initialised: class_embedding.weight (0 -> 3 classes)"):
         assert line in said

@@ -31,7 +31,7 @@ def adapt(model: Denoiser, lora: Lora, also: Collection[str]) -> None:
     """Give a network adapters that change nothing yet. They, and the parameters named in `also`, are all that is trained."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import peft
+        import peft  # pyright: ignore[reportMissingImports] - of an extra
 
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         chosen = sorted(name for name in linear if set(PARTS) & set(name.split(".")))

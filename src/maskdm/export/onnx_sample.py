@@ -7,6 +7,7 @@ import json
 import struct
 import sys
 import zlib
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -22,11 +23,11 @@ def main() -> None:
     x = np.random.default_rng(0).standard_normal((num, channels, height, width))
     times = np.linspace(len(alpha) - 1, -1, steps + 1).round().astype(int)[:-1]  # from noise down
     for number, t in enumerate(times):
-        inputs = {"sample": x.astype(np.float32), "timestep": np.full(num, t, np.float32)}
+        inputs: dict[str, Any] = {"sample": x.astype(np.float32), "timestep": np.full(num, t, np.float32)}
         if facts["class_names"]:
             label = np.arange(num) % len(facts["class_names"]) if len(sys.argv) < 6 else np.full(num, int(sys.argv[5]))
             inputs["class_labels"] = label.astype(np.int64)
-        output = session.run(["prediction"], inputs)[0].astype(np.float64)
+        output = np.asarray(session.run(["prediction"], inputs)[0], np.float64)
         if facts["target"] == "eps":
             x0 = (x - sigma[t] * output) / alpha[t]
         elif facts["target"] == "x0":

@@ -57,6 +57,8 @@ def _sender(request: PushRequest) -> Callable[[Path], str]:
     if token is None:
         raise UserError("push needs a token of the hub with the right to write: set HF_TOKEN, or run `hf auth login`")
     api = huggingface_hub.HfApi(token=token)
+    base: Any = HfHubHTTPError.__bases__[0]  # of whichever library the hub's own goes by
+    unreachable: tuple[type[Exception], ...] = (OSError, base)
 
     def send(folder: Path) -> str:
         try:
@@ -69,7 +71,7 @@ def _sender(request: PushRequest) -> Callable[[Path], str]:
         except HfHubHTTPError as error:
             words = " ".join(str(error.server_message or error).split())
             raise UserError(f"the hub refused {request.to}: {words}; see that the token may write there") from None
-        except (OSError, HfHubHTTPError.__bases__[0]) as error:  # the second: of whichever library the hub's own goes by
+        except unreachable as error:
             raise UserError(f"the hub cannot be reached ({' '.join(str(error).split())[:200]}); push again later") from None
         return f"sent to {request.to} ({'private' if private else 'public'}): {sent}"
 
