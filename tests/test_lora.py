@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from maskdm.arithmetic import flops
 from maskdm.cli import run_command
 from maskdm.config import Lora
 from maskdm.engine import adapters
 from maskdm.errors import UserError
 from maskdm.models import DiT, UViT
+from maskdm.recipes import recipe
 from maskdm.runs.store import load_denoiser, reconstruct_ema
 
 TINY = ["--model.width", "16", "--depth", "3", "--heads", "2", "--threads", "1", "--sampling.steps", "2", "--sampling.num", "4"]
@@ -47,6 +50,14 @@ def test_adapters_begin_as_nothing_and_merge_to_a_plain_network(kind: Any) -> No
     after = network(x, t, labels).sample
     assert (after - before).abs().max() > 0.01
     torch.testing.assert_close(plain(x, t, labels).sample, after, atol=1e-5, rtol=1e-5)
+
+
+def test_arithmetic_leaves_out_what_is_not_trained() -> None:
+    whole = recipe("digits", "digits")
+    adapted = replace(whole, lora=Lora(8), init="run")
+    mask = whole.stages[-1].mask
+    scores = 3 * 4 * 16**2 * whole.model.width * whole.blocks
+    assert flops(adapted, mask, 5) == pytest.approx(2 / 3 * (flops(whole, mask, 5) - 5 * scores) + 5 * scores)
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
