@@ -29,12 +29,14 @@ PUBLIC = {
         "frechet_distance", "frechet_halves", "frechet_infinity", "frechet_standard_error", "is_self",
         "kernel_distance", "load_network", "load_self", "manifold", "nearest", "overfitting", "train_self",
     ],
+    "maskdm.export": ["CODE", "SAMPLER", "Facts", "bundle", "card", "write_folder", "write_onnx", "write_program"],
     "maskdm.recipes": ["OFFERED", "RECIPES", "Choice", "choose", "recipe"],
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
-        "CompareRequest", "Display", "DistilRequest", "Diverged", "EvaluateRequest", "Interrupted", "Lost", "SampleRequest", "SweepRequest",
-        "TrainRequest", "compare", "compare_reports", "describe_data", "distil_run", "ema_sweep", "evaluate", "parse_lengths", "plan",
-        "report_run", "sample_run", "train",
+        "CompareRequest", "Display", "DistilRequest", "Diverged", "EvaluateRequest", "ExportRequest", "Interrupted", "Lost", "PushRequest",
+        "SampleRequest", "SweepRequest", "TrainRequest",
+        "compare", "compare_reports", "describe_data", "distil_run", "ema_sweep", "evaluate", "export", "parse_formats", "parse_lengths",
+        "plan", "push", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

@@ -133,6 +133,7 @@ CHANGES: dict[str, str] = {
 ELSEWHERE = {
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
     "model.dial", "model.shortcuts",  # tests/test_distillation.py, with the settings of lessons
+    "lora.rank", "lora.scale",  # tests/test_lora.py
     "stages.one.budget.auto",  # tests/test_switch.py
     "optimizer.muon",  # tests/test_muon.py
     "guard.spike", "guard.in_a_row", "guard.rollbacks",  # tests/test_guard.py

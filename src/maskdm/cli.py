@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from maskdm import __version__
+from maskdm.cli_export import Export, Push, give
 from maskdm.command_line import OPTIONS, TRAIN_OPTIONS, CommandLine, split_settings
 from maskdm.config import GuideName, SchedulerName
 from maskdm.errors import UserError, of_storage
@@ -212,9 +213,11 @@ Verb = (
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[EmaSweep, subcommand("ema-sweep")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Push, subcommand("push")]
 )
 
-AnyVerb = Train | Plan | Compare | Distil | DataVerb | Sample | Evaluate | EmaSweep | Report
+AnyVerb = Train | Plan | Compare | Distil | DataVerb | Sample | Evaluate | EmaSweep | Report | Export | Push
 
 
 def main() -> None:
@@ -294,11 +297,7 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
-def _perform(
-    verb: Train | Plan | Compare | Distil | DataVerb | Sample | Evaluate | EmaSweep | Report,
-    settings: list[tuple[str, str]],
-    arguments: list[str],
-) -> int:
+def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str]) -> int:
     import logging
     import warnings
 
@@ -336,6 +335,8 @@ def _perform(
             print(runs.ema_sweep(sweep, runs.Display()))
         case Report():
             print(_report(verb))
+        case Export() | Push():
+            print(give(verb))
         case _ as unreachable:
             assert_never(unreachable)
     return 0

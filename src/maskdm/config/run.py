@@ -19,7 +19,7 @@ from maskdm.config.network import (
     UniformWeight,
     UViTConfig,
 )
-from maskdm.config.training import Ema, Evaluation, Guard, Hardware, Intervals, Optimizer, Sampling, Stage, TrackerName
+from maskdm.config.training import Ema, Evaluation, Guard, Hardware, Intervals, Lora, Optimizer, Sampling, Stage, TrackerName
 from maskdm.errors import UserError
 
 
@@ -40,6 +40,7 @@ class Config:
     sampling: Annotated[Sampling, "how samples are drawn"] = field(default_factory=Sampling)
     seed: Annotated[int, "seed of every random draw"] = 0
     init: Annotated[str | None, "run whose weights to start from"] = None
+    lora: Annotated[Lora, "adapters, trained in place of all weights"] = field(default_factory=Lora)
     tracking: Annotated[tuple[TrackerName, ...], "where figures also go: tensorboard, wandb, trackio, or none"] = ("tensorboard",)
 
     def __post_init__(self) -> None:
@@ -127,6 +128,12 @@ class Config:
             case _:
                 pass
 
+    def _check_lora(self) -> None:
+        """Adapters need weights to adapt, and them whole."""
+        if self.lora.rank:
+            require(self.init is not None, f"lora.rank is {self.lora.rank}, and there are no weights to adapt; name a run with --init")
+            require(not self.hardware.shard, "lora.rank does not go with hardware.shard; leave one of the two out")
+
     def check(self) -> None:
         """What no part can check alone: that patches divide the image and masks the grid. Raises UserError."""
         together = self.hardware.shard and self.optimizer.name == "muon"
@@ -142,6 +149,7 @@ class Config:
         self._check_patience()
         self._check_auto()
         self._check_lessons()
+        self._check_lora()
         down, across = self.grid
         for stage in self.stages:
             match stage.mask:

@@ -73,6 +73,18 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685), trained in place of all weights, of a run that starts from another; merged in the result."""
+
+    rank: Annotated[int, "rank of the adapters of attention and MLPs, such as 8; 0: all weights are trained"] = 0
+    scale: Annotated[float, "weight of the adapters beside the layers they adapt (in other words alpha over rank)"] = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank is {self.rank}; it must be 0 or more")
+        require(self.scale > 0, f"lora.scale is {self.scale}; it must be above 0")
+
+
+@dataclass(frozen=True)
 class Ema:
     """Exponential moving average of the weights; samples and the result use it."""
 

@@ -29,7 +29,7 @@ from maskdm.engine import sharding
 from maskdm.engine.guard import Sentry, healthy
 from maskdm.engine.hardware import Precision, autocast, out_of_memory, synchronize
 from maskdm.engine.memory import more_pieces
-from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
+from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer, part
 from maskdm.engine.progress import Progress, Skipped, StageProgress, Step, Verdict
 from maskdm.engine.ranks import Ranks, pieces_of
 from maskdm.engine.teaching import Teaching
@@ -89,7 +89,8 @@ class Trainer:
         moments: dict[str, Tensor] = {}
         for parameter, state in self.optimizer.state.items():
             moments |= {f"{key}/{self._names[parameter]}": value for key, value in state.items()}
-        state = {"model": self.model.state_dict(), "average": self.average.model.state_dict(), "optimizer": moments}
+        states = {"model": self.model.state_dict(), "average": self.average.model.state_dict()}
+        state = {file: part(self.model, values) for file, values in states.items()} | {"optimizer": moments}
         powers = self.powers.tensors()
         return state | self.teaching.tensors() | {"guard": self.sentry.tensors()} | ({"powers": powers} if powers else {})
 
@@ -101,7 +102,8 @@ class Trainer:
         """Continue from a state that `tensors` and `numbers` returned."""
         for model, file in ((self.model, "model"), (self.average.model, "average")):
             mine = model.state_dict()
-            model.load_state_dict({name: sharding.like(value, mine[name]) for name, value in tensors[file].items()})
+            saved = {name: sharding.like(tensors[file][name], own) for name, own in part(self.model, mine).items()}
+            model.load_state_dict(mine | saved)
         self.teaching.restore(tensors)
         parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.config.stages[0].lr)

@@ -13,8 +13,10 @@ from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
 from maskdm.runs.distil import DistilRequest, distil_run
 from maskdm.runs.evaluate import EvaluateRequest, evaluate
+from maskdm.runs.export import ExportRequest, export, parse_formats
 from maskdm.runs.forecast import plan
 from maskdm.runs.observe import Diverged
+from maskdm.runs.push import PushRequest, push
 from maskdm.runs.resolve import TrainRequest
 from maskdm.runs.sample import SampleRequest, sample, sampling_settings
 from maskdm.runs.store import load_pipeline
@@ -27,8 +29,10 @@ __all__ = [
     "DistilRequest",
     "Diverged",
     "EvaluateRequest",
+    "ExportRequest",
     "Interrupted",
     "Lost",
+    "PushRequest",
     "SampleRequest",
     "SweepRequest",
     "TrainRequest",
@@ -38,8 +42,11 @@ __all__ = [
     "distil_run",
     "ema_sweep",
     "evaluate",
+    "export",
+    "parse_formats",
     "parse_lengths",
     "plan",
+    "push",
     "report_run",
     "sample_run",
     "train",

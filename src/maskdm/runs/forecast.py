@@ -18,6 +18,7 @@ from maskdm.data import Dataset, Loader
 from maskdm.engine import (
     Machine,
     Trainer,
+    adapters,
     available_memory,
     give_back_freed_memory,
     matrix_ceiling,
@@ -200,6 +201,8 @@ def _pieces_that_fit(config: Config, stage: Stage, dataset: Dataset, machine: Ma
 def _trainer(config: Config, stage: Stage, dataset: Dataset, machine: Machine) -> Trainer:
     alone = replace(config, stages=(replace(stage, budget=Budget(steps=10**9)),), init=None)
     model = build(config.model, config.data, len(dataset.class_names) if config.data.conditional else 0)
+    if config.lora.rank:
+        adapters.adapt(model, config.lora, ())
     rows, _ = dataset.split(config.data.heldout, config.seed, config.data.limit)
     return Trainer(alone, Loader(dataset, rows, config.seed), model, machine.device, machine.precision)
 

@@ -16,6 +16,7 @@ from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
 from maskdm.draws import ROWS, derive
 from maskdm.engine import Step, Switch, Trainer, autocast, checkpoint, matrix_ceiling, peak_memory, reset_peak_memory, sharding, snapshots
+from maskdm.engine.adapters import merged
 from maskdm.masking import draw, num_sequences
 from maskdm.models import build
 from maskdm.pictures import grid, hide, side_by_side
@@ -334,7 +335,9 @@ class Observer:
         state = sharding.whole(self.trainer.average.model.state_dict())
         if not self.run.writes:
             return
-        if self.trainer.cut:
+        if self.config.lora.rank:
+            state = merged(state, self.config.lora)
+        if self.trainer.cut or self.config.lora.rank:
             self.network = build(self.config.model, self.config.data, len(self.classes)).eval()
             self.network.load_state_dict(state)
         save_pipeline(make_pipeline(self.network, self.config, self.classes), self.run.model)

@@ -9,7 +9,7 @@ from typing import Any
 
 from maskdm.config import Config
 from maskdm.data import Source, Summary, inspect, open_source
-from maskdm.engine import Machine, this_machine
+from maskdm.engine import Machine, adapters, this_machine
 from maskdm.errors import UserError, shorten
 from maskdm.recipes import choose, recipe
 from maskdm.recipes.automatic import Facts
@@ -22,7 +22,7 @@ from maskdm.tracking import require
 Assignments = tuple[tuple[str, str], ...]
 """Settings given on the command line, as (name, text)."""
 
-FIXED = ("data.", "model.", "diffusion.", "init", "seed")
+FIXED = ("data.", "model.", "diffusion.", "init", "lora.", "seed")
 """Settings that a run cannot change once begun, --fork or not: its data and what is held out, network, target, origin."""
 
 
@@ -75,6 +75,7 @@ def resolve(request: TrainRequest) -> Resolved:
     config = replace(config, hardware=hardware)
     make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)  # refuses what does not fit
     require(config.tracking)
+    adapters.require(config.lora)
     check_guidance(config.sampling, config)
     reasons = (
         *reasons,

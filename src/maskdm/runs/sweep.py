@@ -28,7 +28,7 @@ from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
 from maskdm.runs.sample import draw_images
 from maskdm.runs.sets import CLASSES, dataset_of, images_and_labels, natural_labels, sets_of
-from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, make_pipeline, save_pipeline, stage_snapshots
+from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, make_pipeline, save_pipeline, stage_snapshots, whole_weights
 
 MeasureName = Literal["heldout-loss", "kernel-distance"]
 
@@ -99,7 +99,7 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
         for number, length in enumerate(request.sigma_rel):
             progress(number + 1, len(request.sigma_rel) + 1)
             weights, fit = snapshots.average(stored, length)
-            model.load_state_dict(weights)
+            model.load_state_dict(whole_weights(run, weights))
             points.append({"sigma_rel": length, **_against(measure(model), kept), "misfit": fit.misfit})
     best = min(points, key=lambda each: each["value"])
     result: dict[str, Any] = {
@@ -119,7 +119,7 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
     lines = [_HEAD, *(_line(f"{each['sigma_rel']:g}", last.step, each) for each in points)]
     lines += [_line("as trained", kept_step, result["ordinary"]), _verdict(best, same_step), f"written to {run.sweep_file}"]
     if request.save:
-        model.load_state_dict(snapshots.average(stored, best["sigma_rel"])[0])
+        model.load_state_dict(whole_weights(run, snapshots.average(stored, best["sigma_rel"])[0]))
         folder = run.path / f"model-ema-{best['sigma_rel']:g}"
         save_pipeline(make_pipeline(model, config, class_names(run.path)), folder)
         lines.append(f"model written to {folder}")
@@ -135,7 +135,7 @@ def _ordinary(run: RunDirectory, stage: str, step: int) -> tuple[str, int, dict[
     same = [name for name, number, *_ in parts if number == f"{step:08}"]
     ends = [name for name, _, *end in parts if end == [stage]]
     found = checkpoint.load(run.checkpoints / (same or ends or [latest.name])[-1])
-    return str(found.path), found.numbers["progress"]["step"], found.tensors["average"]
+    return str(found.path), found.numbers["progress"]["step"], whole_weights(run, found.tensors["average"])
 
 
 # --- what is measured ---

@@ -119,7 +119,7 @@ class Watch:
         self._stage_best = min(value, self._stage_best)
         if value >= self._best:
             return
-        averaged = sharding.whole(self.trainer.average.model.state_dict())
+        averaged = sharding.whole(self.trainer.tensors()["average"])
         if self.run.attempt("the best weights", lambda: save_best(self.run, self.trainer, averaged, measure, value)):
             self._best = value
             self.run.log("best", step.number, stage=step.stage.name, measure=measure, value=value)
