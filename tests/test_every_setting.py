@@ -132,6 +132,7 @@ ELSEWHERE = {
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
     "stages.one.budget.auto",  # tests/test_switch.py
     "guard.spike", "guard.patience", "guard.rollbacks",  # tests/test_guard.py
+    "data.autoencoder", "data.latent_factor", "data.latent_channels", "data.latent_mean", "data.latent_std",  # tests/test_latents.py
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
     "hardware.shard",  # tests/test_distributed.py
     "evaluation.measure", "evaluation.samples", "evaluation.features", "evaluation.patience",  # tests/test_cli_evaluate.py
