@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -30,7 +30,7 @@ class MaskDMPipeline(DiffusionPipeline):
     whose latents the network learned, each channel at mean 0 and deviation 1; latent_mean and latent_std are what it was before.
     """
 
-    _optional_components = ["vae"]
+    _optional_components: ClassVar = ["vae"]
 
     def __init__(
         self,
