@@ -67,7 +67,7 @@ def natural_labels(config: Config, dataset: Dataset, rows: NDArray[np.int64], nu
 
 
 def images_and_labels(config: Config, dataset: Dataset, rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Some rows for a network of the run: uint8 or latents [n, channels, height, width], and classes [n], the null one where there is none."""
+    """Some rows for the network: uint8 or latents [n, channels, height, width], and classes [n], the null one where there is none."""
     images = dataset.field(rows).to(device)
     images = images[:, 0] if images.ndim == 5 else images
     if not config.data.conditional or dataset.labels is None:
