@@ -9,10 +9,12 @@ import pytest
 PUBLIC = {
     "maskdm": ["DiT", "MaskDMPipeline", "UViT", "__version__"],
     "maskdm.data": [
-        "Batch", "BrokenImage", "Dataset", "Feed", "Loader", "Source", "Summary", "decode", "duplicates", "flip", "inspect",
+        "Batch", "BrokenImage", "Dataset", "Feed", "Latents", "Loader", "Source", "Summary", "decode", "duplicates", "flip", "inspect",
         "open_source", "prepare", "to_model_range", "to_uint8",
     ],
-    "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "haar", "inverse_haar", "patchify", "unpatchify"],
+    "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "encode", "haar", "inverse_haar", "open_autoencoder",
+        "patchify", "unpatchify",
+    ],
     "maskdm.engine": [
         "Average", "Checkpoint", "Lost", "Machine", "PowerAverages", "Precision", "Probe", "Progress", "Ranks", "Skipped", "StageProgress",
         "Step",

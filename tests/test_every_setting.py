@@ -137,6 +137,7 @@ ELSEWHERE = {
     "stages.one.budget.auto",  # tests/test_switch.py
     "optimizer.muon",  # tests/test_muon.py
     "guard.spike", "guard.in_a_row", "guard.rollbacks",  # tests/test_guard.py
+    "data.autoencoder", "data.latent_factor", "data.latent_channels", "data.latent_mean", "data.latent_std",  # tests/test_latents.py
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
     "hardware.shard",  # tests/test_distributed.py
     "evaluation.measure", "evaluation.samples", "evaluation.features", "evaluation.patience",  # tests/test_cli_evaluate.py

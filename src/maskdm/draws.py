@@ -75,7 +75,7 @@ def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, coun
 
     Noise is drawn last, for the patches that enter alone: a sample's time, label and mirroring are the same under every mask.
     """
-    grid, features = config.grid, config.data.channels * config.model.side**2
+    grid, features = config.grid, config.data.field_channels * config.model.side**2
     uniforms: list[Tensor] = []
     noises: list[Tensor] = []
     masks: list[Tensor] = []

@@ -22,6 +22,11 @@ class Data:
     heldout: Annotated[float, "share of the images never trained on, kept for evaluation (5 000 at most)"] = 0.05
     limit: Annotated[int | None, "images trained on, drawn at random from those not held out; none: all"] = None
     max_broken: Annotated[float, "share of unreadable files that is skipped; above it the run is refused"] = 0.05
+    autoencoder: Annotated[str | None, "folder or hub id of a diffusers autoencoder, whose latents are learned; none: pixels"] = None
+    latent_factor: Annotated[int, "pixels of a latent, down and across; read from the autoencoder"] = 1
+    latent_channels: Annotated[int, "channels of a latent; read from the autoencoder"] = 0
+    latent_mean: Annotated[tuple[float, ...], "mean of each channel of the latents; measured on the training images"] = ()
+    latent_std: Annotated[tuple[float, ...], "standard deviation of each; measured"] = ()
 
     def __post_init__(self) -> None:
         height, width = self.image_size
@@ -34,6 +39,23 @@ class Data:
         digits = self.background.removeprefix("#")
         good = len(digits) == 6 and all(c in "0123456789abcdefABCDEF" for c in digits)
         require(good, f"data.background is '{self.background}'; write a colour as #rrggbb, such as #ffffff")
+        pixels = self.autoencoder is None
+        require(
+            not pixels or (self.latent_factor, self.latent_channels) == (1, 0),
+            "data.latent_factor and latent_channels go with data.autoencoder",
+        )
+        counts = {len(self.latent_mean), len(self.latent_std)}
+        require(counts in ({0}, {self.latent_channels}), "data.latent_mean and latent_std need a figure for each latent channel")
+
+    @property
+    def field_size(self) -> tuple[int, int]:
+        """Height and width of what the network sees: in pixels, or latents."""
+        return self.image_size[0] // self.latent_factor, self.image_size[1] // self.latent_factor
+
+    @property
+    def field_channels(self) -> int:
+        """Channels of what the network sees."""
+        return self.latent_channels or self.channels
 
 
 # --- models -------------------------------------------------------------------------------------------------------

@@ -53,13 +53,13 @@ class Config:
     @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
-        height, width = self.data.image_size
+        height, width = self.data.field_size
         return height // self.model.side, width // self.model.side
 
     @property
     def tokens(self) -> int:
         """Tokens of a whole image, conditions not counted."""
-        return self.model.tokens(self.data.image_size)
+        return self.model.tokens(self.data.field_size)
 
     @property
     def blocks(self) -> int:
@@ -139,12 +139,17 @@ class Config:
         together = self.hardware.shard and self.optimizer.name == "muon"
         require(not together, "optimizer.name muon needs whole matrices, which hardware.shard cuts; set one of the two back")
         height, width = self.data.image_size
-        unit = self.model.side
+        unit = self.model.side * self.data.latent_factor
         if height % unit or width % unit:
             size = f"{height}x{width}" if height != width else f"{height}"
             near = [max(unit, round(side / unit) * unit) for side in (height, width)]
             fitting = f"{near[0]}x{near[1]}" if near[0] != near[1] else f"{near[0]}"
-            patch = f"patch {unit}" if self.model.sets == 1 else f"{unit}, patch {self.model.patch} at half the size (transform haar)"
+            patch = (
+                f"patch {self.model.side}"
+                if self.model.sets == 1
+                else f"{self.model.side}, patch {self.model.patch} at half the size (transform haar)"
+            )
+            patch += f" of latents that cover {self.data.latent_factor} pixels" if self.data.autoencoder else ""
             raise UserError(f"image_size {size} is not a multiple of {patch}; use --image-size {fitting} or another --patch")
         self._check_patience()
         self._check_auto()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from maskdm.data.dataset import Dataset, duplicates
 from maskdm.data.decode import BrokenImage, decode
 from maskdm.data.feed import Feed
+from maskdm.data.latents import Latents
 from maskdm.data.loader import Batch, Loader, flip, to_model_range, to_uint8
 from maskdm.data.prepare import prepare
 from maskdm.data.source import Source
@@ -16,6 +17,7 @@ __all__ = [
     "BrokenImage",
     "Dataset",
     "Feed",
+    "Latents",
     "Loader",
     "Source",
     "Summary",

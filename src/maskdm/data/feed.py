@@ -29,7 +29,7 @@ class Feed:
         self._thread: ThreadPoolExecutor | None = None
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            if loader.dataset.images.nbytes <= RESIDENT_SHARE * free:
+            if loader.dataset.latents is None and loader.dataset.images.nbytes <= RESIDENT_SHARE * free:
                 self.keep()
             else:
                 self.read_ahead()

@@ -17,6 +17,7 @@ from maskdm.config import Budget, Config, Ema, NoMask, Stage
 from maskdm.data import Dataset, Loader
 from maskdm.engine import (
     Machine,
+    Ranks,
     Trainer,
     adapters,
     available_memory,
@@ -31,6 +32,7 @@ from maskdm.evaluation.denoising import LEVELS
 from maskdm.masking import num_kept
 from maskdm.models import build
 from maskdm.runs.display import Display
+from maskdm.runs.latents import with_latents
 from maskdm.runs.observe import GRID_COLUMNS, GRID_ROWS, STRIP_ROWS
 from maskdm.runs.plan import describe_mask, plan_lines
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
@@ -96,7 +98,8 @@ def plan(request: TrainRequest, price_per_hour: float | None, out: Path | None, 
     for line in (*resolved.reasons, *plan_lines(resolved.config, resolved.machine)):
         display.note(f"  {line}")
     set_up_torch(resolved.config, resolved)
-    found = forecast(resolved, prepare_data(resolved, display), price_per_hour, display)
+    config, dataset = with_latents(resolved.config, prepare_data(resolved, display), resolved.machine, Ranks(), display)
+    found = forecast(replace(resolved, config=config), dataset, price_per_hour, display)
     if out is not None:
         write(found, out)
     return describe(found)

@@ -377,7 +377,9 @@ class Observer:
                 on_step=lambda _, x: steps.append(x.float().cpu()),
             )
         chosen = [steps[i] for i in np.linspace(0, len(steps) - 1, min(STRIP_COLUMNS, len(steps))).round().astype(int)]
-        shown = torch.stack([to_uint8(x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)) for x in chosen], dim=1)
+        shown = torch.stack(
+            [to_uint8(x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)) for x in map(pipeline.to_pixels, chosen)], dim=1
+        )
         return grid(shown.flatten(0, 1).numpy(), columns=len(chosen))
 
     def _spread(self, num: int) -> NDArray[np.int64]:
@@ -396,5 +398,10 @@ class Observer:
         drawn = draw(stage.mask, ROWS, self.config.grid, generator)
         assert drawn is not None
         kept = drawn[:: num_sequences(stage.mask)][: len(images)]
-        seen = np.stack([hide(image, indices.tolist(), self.config.model.side) for image, indices in zip(images, kept, strict=False)])
+        seen = np.stack(
+            [
+                hide(image, indices.tolist(), self.config.model.side * self.config.data.latent_factor)
+                for image, indices in zip(images, kept, strict=False)
+            ]
+        )
         return grid(np.concatenate([images, seen]), columns=len(images))

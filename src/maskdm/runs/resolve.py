@@ -14,6 +14,7 @@ from maskdm.errors import UserError, shorten
 from maskdm.recipes import choose, recipe
 from maskdm.recipes.automatic import Facts
 from maskdm.runs.directory import RunDirectory
+from maskdm.runs.latents import with_shape
 from maskdm.runs.sample import check_guidance
 from maskdm.sampling import make_scheduler
 from maskdm.settings import differences, find, merge, override, read_yaml
@@ -69,7 +70,10 @@ def resolve(request: TrainRequest) -> Resolved:
         _check_same_data(run, source)
     base, reasons = _base(request, run, source)
     config = override(base, request.settings)
-    config = replace(config, data=replace(config.data, source=request.data))
+    config = replace(config, data=with_shape(replace(config.data, source=request.data)))
+    if run.started and run.config().data.autoencoder == config.data.autoencoder:
+        known = run.config().data  # their scale was measured when the run began
+        config = replace(config, data=replace(config.data, latent_mean=known.latent_mean, latent_std=known.latent_std))
     machine = this_machine(config.hardware)
     hardware = replace(config.hardware, device=machine.device.type, precision=machine.precision)  # pyright: ignore[reportArgumentType]
     config = replace(config, hardware=hardware)

@@ -17,7 +17,7 @@ import maskdm
 from maskdm.config import Config, Hardware
 from maskdm.engine import Trainer, adapters, checkpoint, sharding, snapshots, this_machine
 from maskdm.errors import UserError, nearest
-from maskdm.models import Denoiser, build
+from maskdm.models import Denoiser, build, open_autoencoder
 from maskdm.runs.directory import RunDirectory, Weights
 from maskdm.sampling import make_scheduler
 
@@ -144,7 +144,10 @@ def reconstruct_ema(path: Path, sigma_rel: float, stage: str | None = None) -> t
 def make_pipeline(model: Denoiser, config: Config, class_names: list[str]) -> maskdm.MaskDMPipeline:
     """A pipeline with the run's scheduler around a network."""
     scheduler = make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)
-    pipeline = maskdm.MaskDMPipeline(model, scheduler, config.diffusion.target, config.diffusion.schedule, class_names)
+    data, diffusion = config.data, config.diffusion
+    vae = None if data.autoencoder is None else open_autoencoder(data.autoencoder).to(model.device)
+    latents = (vae, list(data.latent_mean), list(data.latent_std))
+    pipeline = maskdm.MaskDMPipeline(model, scheduler, diffusion.target, diffusion.schedule, class_names, *latents)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -26,6 +26,7 @@ from maskdm.models import Denoiser, build
 from maskdm.runs.directory import RunDirectory, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
+from maskdm.runs.latents import with_latents
 from maskdm.runs.sample import draw_images
 from maskdm.runs.sets import CLASSES, dataset_of, images_and_labels, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, make_pipeline, save_pipeline, stage_snapshots, whole_weights
@@ -90,7 +91,7 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
     last = max(stored.values(), key=lambda each: each.step)
     origin, kept_step, ordinary = _ordinary(run, stage, last.step)
     same_step = kept_step == last.step
-    dataset = dataset_of(run, config, None, display)
+    config, dataset = with_latents(config, dataset_of(run, config, None, display), machine, Ranks(), display)
     measure, about = _measure(request, config, dataset, machine, display)
     points: list[dict[str, Any]] = []
     with display.counting("measuring averages") as progress:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -27,6 +28,7 @@ from maskdm.models import Denoiser, build
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display, TrainingBar
+from maskdm.runs.latents import with_latents
 from maskdm.runs.observe import Observer, Unsound, update_info
 from maskdm.runs.plan import plan_lines, stage_records
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
@@ -70,6 +72,8 @@ def _of_one(request: TrainRequest, command: str, display: Display, ranks: Ranks)
         return f"{run.path} is finished already; nothing to do\n{_results(run)}"
     set_up_torch(config, resolved, ranks.beside)
     dataset = ranks.after_first(lambda: prepare_data(resolved, display), first=ranks.local == 0)
+    config, dataset = with_latents(config, dataset, resolved.machine, ranks, display)
+    resolved = replace(resolved, config=config)
     with run.alone() if run.writes else nullcontext():
         if run.writes and run.started != began:
             raise UserError(f"another process has begun a run in {run.path} meanwhile; run the command again")
