@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,18 @@ def train(out: Path, autoencoder: Path, *more: str) -> int:
     return run_command(["train", "digits", "--recipe", "digits", "--autoencoder", str(autoencoder), "--out", str(out), *TINY, *more])
 
 
-def test_a_run_on_latents_trains_resumes_samples_and_evaluates(autoencoder: Path, tmp_path: Path, cache: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKDM_CACHE", str(cache))
+        assert train(out, autoencoder) == 0
+    return out
+
+
+def test_a_run_on_latents_trains_resumes_samples_and_evaluates(trained: Path, autoencoder: Path, tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "run"
-    assert train(out, autoencoder) == 0
+    shutil.copytree(trained, out)
     config = RunDirectory(out).config()
     assert (config.data.latent_factor, config.data.latent_channels, config.grid, config.data.field_size) == (2, 3, (4, 4), (8, 8))
     assert len(list((cache / "latents").glob("*.npy"))) == 1
@@ -90,6 +100,7 @@ def test_a_run_on_latents_trains_resumes_samples_and_evaluates(autoencoder: Path
     assert torch.equal(drawn.images, ours(2, [1, 2], torch.Generator().manual_seed(0), 2, output_type="pt").images)  # pyright: ignore
 
 
+@pytest.mark.usefixtures("trained")
 def test_latents_are_those_of_the_image_and_of_the_mirrored_one(autoencoder: Path, cache: Path) -> None:
     data = Data("digits", (16, 16), channels=1, autoencoder=str(autoencoder), flip=0.5)
     images = to_model_range(prepare(open_source("digits"), data, cache).field(np.arange(5)))
@@ -103,11 +114,9 @@ def test_latents_are_those_of_the_image_and_of_the_mirrored_one(autoencoder: Pat
     )
 
 
-def test_decoding_undoes_encoding(autoencoder: Path, tmp_path: Path, cache: Path) -> None:
-    out = tmp_path / "run"
-    assert train(out, autoencoder) == 0
-    pipeline, _ = load_pipeline(out)
-    config = RunDirectory(out).config()
+def test_decoding_undoes_encoding(trained: Path, cache: Path) -> None:
+    pipeline, _ = load_pipeline(trained)
+    config = RunDirectory(trained).config()
     images = to_model_range(prepare(open_source("digits"), config.data, cache).field(np.arange(50)))
     values = np.load(next((cache / "latents").glob("*.npy")), mmap_mode="r")
     latents = Latents(values, config.data.latent_mean, config.data.latent_std).take(np.arange(50))[:, 0]
@@ -139,8 +148,6 @@ def test_a_network_that_is_no_autoencoder_is_refused(tmp_path: Path) -> None:
         open_autoencoder(str(tmp_path))
 
 
-def test_another_autoencoder_is_another_run(autoencoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "run"
-    assert train(out, autoencoder) == 0
-    assert run_command(["train", "digits", "--recipe", "digits", "--out", str(out), *TINY]) == 2
+def test_another_autoencoder_is_another_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["train", "digits", "--recipe", "digits", "--out", str(trained), *TINY]) == 2
     assert "data.autoencoder" in capsys.readouterr().err
