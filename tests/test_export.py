@@ -68,7 +68,7 @@ def test_folders_open_without_maskdm_and_draw_the_same(tmp_path: Path) -> None:
             2, labels, [torch.Generator().manual_seed(s) for s in (1, 2)], 3, guidance_scale=scale, output_type="pt"
         )
         theirs = torch.load(tmp_path / name / "images.pt", weights_only=True)
-        assert torch.equal(ours.images, theirs), name
+        torch.testing.assert_close(ours.images, theirs, atol=1e-5, rtol=0, msg=name)  # equal where both use as many threads
         assert ours.images.std() > 0.01
 
 

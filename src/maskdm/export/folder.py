@@ -28,7 +28,8 @@ def write_folder(pipeline: MaskDMPipeline, folder: Path) -> None:
     pipeline.save_pretrained(folder)
     index_file = folder / "model_index.json"
     index: dict[str, Any] = json.loads(index_file.read_text(encoding="utf-8"))
-    components = [name for name, value in index.items() if isinstance(value, list) and name != "class_names"]
+    components = [name for name, part in pipeline.components.items() if part is not None]
+    index = {name: value for name, value in index.items() if value != [None, None]}
     for name in components:
         if index[name][0] == PACKAGE:
             network: object = pipeline.components[name]

@@ -84,14 +84,14 @@ class Denoiser(ModelMixin, ConfigMixin):
             if each is not None:
                 each.start()
 
-    def _conditions(self, batch: int, guidance: Tensor | float, steps: Tensor | float | None, like: Tensor) -> Tensor | None:
+    def _conditions(self, guidance: Tensor | float, steps: Tensor | float | None, like: Tensor) -> Tensor | None:
         """What the dials add to the embedding of the time [batch, width]; None without any. As many steps as there can be: steps None."""
         parts: list[Tensor] = []
         if self.guidance_dial is not None:
-            parts.append(self.guidance_dial(as_batch(guidance, batch, like)))
+            parts.append(self.guidance_dial(as_batch(guidance, like)))
         if self.steps_dial is not None:
             most = 2.0**self.steps_dial.high
-            parts.append(self.steps_dial(self.steps_dial.high - as_batch(most if steps is None else steps, batch, like).log2()))
+            parts.append(self.steps_dial(self.steps_dial.high - as_batch(most if steps is None else steps, like).log2()))
         return sum(parts[1:], parts[0]) if parts else None
 
     def _rejoin(self, deep: Some, everything: Tokens, positions: Tensor, kept: Tensor | None, route: Route | None) -> Tokens:
@@ -146,7 +146,7 @@ class Denoiser(ModelMixin, ConfigMixin):
             kept = None if kept is None else self._places(kept)
             if route is not None and route.kept is not None:
                 route = replace(route, kept=self._places(route.kept))
-        shift = self._conditions(sample.shape[0], guidance, steps, sample)
+        shift = self._conditions(guidance, steps, sample)
         told = () if shift is None else (shift,)
         output = self.denoise(patches, t, class_labels if self.num_classes else None, kept, route, reduced, *told)
         output = unpatchify(output, self.patch_size, self.size) if whole else output

@@ -34,7 +34,6 @@ from maskdm.tracking import Trackers, network_histograms
 GRID_ROWS, GRID_COLUMNS = 10, 5
 STRIP_ROWS, STRIP_COLUMNS = 6, 10
 
-
 SAVING = 600.0
 """Seconds that a checkpoint may take; so long the other processes wait."""
 
@@ -376,10 +375,9 @@ class Observer:
                 guide=settings.guide,
                 on_step=lambda _, x: steps.append(x.float().cpu()),
             )
-        chosen = [steps[i] for i in np.linspace(0, len(steps) - 1, min(STRIP_COLUMNS, len(steps))).round().astype(int)]
-        shown = torch.stack(
-            [to_uint8(x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)) for x in map(pipeline.to_pixels, chosen)], dim=1
-        )
+        chosen = np.linspace(0, len(steps) - 1, min(STRIP_COLUMNS, len(steps))).round().astype(int)
+        decoded = [pipeline.to_pixels(steps[i]) for i in chosen]
+        shown = torch.stack([to_uint8(x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)) for x in decoded], dim=1)
         return grid(shown.flatten(0, 1).numpy(), columns=len(chosen))
 
     def _spread(self, num: int) -> NDArray[np.int64]:
@@ -393,15 +391,10 @@ class Observer:
         stage = next((s for s in self.config.stages if draw(s.mask, ROWS, self.config.grid, torch.Generator()) is not None), None)
         if stage is None:
             return None
-        generator = torch.Generator().manual_seed(derive("mask picture", self.config.seed))
         images = self._real(self._spread(6))
-        drawn = draw(stage.mask, ROWS, self.config.grid, generator)
+        drawn = draw(stage.mask, ROWS, self.config.grid, torch.Generator().manual_seed(derive("mask picture", self.config.seed)))
         assert drawn is not None
         kept = drawn[:: num_sequences(stage.mask)][: len(images)]
-        seen = np.stack(
-            [
-                hide(image, indices.tolist(), self.config.model.side * self.config.data.latent_factor)
-                for image, indices in zip(images, kept, strict=False)
-            ]
-        )
+        side = self.config.model.side * self.config.data.latent_factor
+        seen = np.stack([hide(image, indices.tolist(), side) for image, indices in zip(images, kept, strict=False)])
         return grid(np.concatenate([images, seen]), columns=len(images))
