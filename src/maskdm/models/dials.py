@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,5 +41,5 @@ def as_batch(value: Tensor | float, batch: int, like: Tensor) -> Float[Tensor, "
 def make_dials(width: int, dial: Any, shortcuts: int) -> tuple[Dial | None, Dial | None]:
     """Of the guidance scale in a range, and of the logarithm of the number of steps from the most, `shortcuts`, down to one."""
     of_scale = None if dial is None else Dial(width, float(dial[0]), float(dial[1]))
-    steps = torch.tensor(float(max(1, shortcuts))).log2().item()
+    steps = math.log2(max(1, shortcuts))
     return of_scale, Dial(width, 0.0, steps) if shortcuts else None
