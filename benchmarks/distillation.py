@@ -22,7 +22,17 @@ import torch
 from maskdm.config import Config, Halve, Hardware
 from maskdm.data import Dataset
 from maskdm.engine import Machine, Ranks, checkpoint, environment, this_machine
-from maskdm.evaluation import Extractor, ImageSet, Subject, evaluate_samples
+from maskdm.evaluation import (
+    Estimate,
+    Extractor,
+    ImageSet,
+    Statistics,
+    frechet_distance,
+    frechet_standard_error,
+    kernel_distance,
+    manifold,
+)
+from maskdm.evaluation.intervals import share
 from maskdm.models import build
 from maskdm.runs import Display
 from maskdm.runs.directory import RunDirectory, write_text
@@ -32,7 +42,6 @@ from maskdm.runs.sets import dataset_of, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, class_names, load_pipeline, make_pipeline, state_hash
 from maskdm.sampling import MaskDMPipeline
 
-KEPT = ("frechet_distance", "kernel_distance", "class_accuracy", "precision", "recall")
 COLUMNS = ("frechet_distance", "ratio", "kernel_distance", "class_accuracy", "precision", "recall")
 
 
@@ -42,14 +51,14 @@ class Measuring:
 
     extractor: Extractor
     training: ImageSet
-    heldout: ImageSet | None
+    num_classes: int
     labels: list[int] | None
     num: int
     seed: int
     machine: Machine
 
 
-def student_at(run: RunDirectory, config: Config, steps: int) -> str | None:
+def student_at(config: Config, steps: int) -> str | None:
     """The stage whose end is the student for so many sampling steps; None: the run's own end; "" where there is none."""
     stages = [(stage.name, stage.lesson) for stage in config.stages]
     halved = {lesson.steps: name for name, lesson in stages if isinstance(lesson, Halve)}
@@ -65,7 +74,7 @@ def pipeline_of(path: Path, steps: int) -> MaskDMPipeline | None:
     """The pipeline of a run for so many sampling steps; None where the run has none for them."""
     run = RunDirectory.existing(path)
     config = run.config()
-    stage = student_at(run, config, steps)
+    stage = student_at(config, steps)
     if stage is None:
         return load_pipeline(path)[0]
     ends = [name for name in checkpoint.names(run.checkpoints) if stage and name.endswith(f"-{stage}")]
@@ -78,6 +87,22 @@ def pipeline_of(path: Path, steps: int) -> MaskDMPipeline | None:
     return pipeline
 
 
+def judged(about: Measuring, samples: ImageSet) -> dict[str, Any]:
+    """What is kept of the measures of `maskdm evaluate`, without its search for copies."""
+    fake, real = about.extractor.features(samples), about.extractor.features(about.training)
+    of_fake, of_real = Statistics.of(fake), Statistics.of(real)
+    error = frechet_standard_error(fake, real, of_fake, of_real)
+    estimates = {"frechet_distance": Estimate.around(frechet_distance(of_fake, of_real), error)}
+    estimates["kernel_distance"] = kernel_distance(fake, real).estimate
+    estimates |= {name: each for name, each in manifold(real, fake)._asdict().items() if name in ("precision", "recall")}
+    predicted = about.extractor.classes(samples)
+    if predicted is not None and samples.labels is not None and about.extractor.network.num_classes == about.num_classes:
+        estimates["class_accuracy"] = share(int((predicted == samples.labels).sum()), len(samples))
+    return {
+        key: value for name, each in estimates.items() for key, value in ((name, each.value), (f"{name}_interval", [each.low, each.high]))
+    }
+
+
 def measure(pipeline: MaskDMPipeline, config: Config, about: Measuring, steps: int, guidance: float) -> dict[str, Any]:
     """One row: samples drawn and judged."""
     settings = replace(config.sampling, scheduler="ddim", eta=0.0, steps=steps, guidance=guidance)
@@ -85,11 +110,10 @@ def measure(pipeline: MaskDMPipeline, config: Config, about: Measuring, steps: i
     name = f"{state_hash(pipeline.unet.state_dict())} {steps} {guidance} {about.seed} {about.num} {about.machine.precision}"
     labels = None if about.labels is None else np.array(about.labels)
     samples = ImageSet(np.ascontiguousarray(drawn.transpose(0, 2, 3, 1)), np.arange(about.num), name, labels)
-    subject = Subject(samples, about.training, about.heldout, tuple(pipeline.config["class_names"]))
-    found = evaluate_samples(about.extractor, subject, {}).measures
+    found = judged(about, samples)
     twice = guidance != 1 and pipeline.unet.num_classes > 0 and pipeline.unet.guidance_dial is None
     row: dict[str, Any] = {"steps": steps, "guidance": guidance, "evaluations": steps * (2 if twice else 1)}
-    return row | {key: found[key] for name in KEPT for key in (name, f"{name}_interval", f"{name}_heldout") if key in found}
+    return row | found
 
 
 def prepared(teacher: Path, given: argparse.Namespace, display: Display) -> tuple[Measuring, Dataset]:
@@ -103,7 +127,7 @@ def prepared(teacher: Path, given: argparse.Namespace, display: Display) -> tupl
     network = choose_network(given.features, training, heldout, 0, machine.device, Ranks(), display)
     extractor = Extractor(network, cache_directory() / "features", Ranks())
     labels = natural_labels(config, dataset, training.rows, given.num)
-    return Measuring(extractor, training, heldout, labels, given.num, given.seed, machine), dataset
+    return Measuring(extractor, training, len(dataset.class_names), labels, given.num, given.seed, machine), dataset
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

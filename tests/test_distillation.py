@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.distillation import student_at, with_ratios
 from maskdm.arithmetic import flops, stage_flops
 from maskdm.cli import run_command
 from maskdm.config import (
@@ -46,6 +47,7 @@ from maskdm.errors import UserError
 from maskdm.models import Denoiser, build
 from maskdm.recipes import recipe
 from maskdm.recipes.distil import Plan, distil
+from maskdm.runs.directory import RunDirectory
 from maskdm.runs.sample import draw_images, sampling_in_stage
 from maskdm.runs.store import load_pipeline, make_pipeline
 from maskdm.sampling import MaskDMPipeline, make_scheduler, seeded
@@ -398,8 +400,6 @@ def test_a_run_is_distilled_sampled_and_opened(teacher: Path, tmp_path: Path, ca
 
 
 def pipeline_config(run: Path) -> Config:
-    from maskdm.runs.directory import RunDirectory
-
     return RunDirectory(run).config()
 
 
@@ -503,3 +503,12 @@ def test_the_target_of_the_loss_is_noised_as_in_training(dataset: Dataset) -> No
     loss_of(run, Halve(2))
     assert set(seen[0].tolist()) == {999.0, 499.0}
     assert add_noise(run.config.diffusion, torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([999.0])).x_t.min() > 0.99
+
+
+def test_the_benchmark_takes_each_student_from_its_stage() -> None:
+    made, _ = distil(recipe("digits", "digits"), "run", Plan(steps=8, end=2))
+    assert [student_at(made, steps) for steps in (64, 8, 4, 2, 1)] == ["guided", "guided", "halve-4", "halve-2", ""]
+    assert student_at(recipe("digits", "digits"), 4) is None
+    rows = [{"who": who, "steps": steps, "guidance": 2.0, "frechet_distance": distance} for who, steps, distance in
+            (("teacher", 64, 4.0), ("teacher", 4, 8.0), ("student", 4, 6.0))]  # fmt: skip
+    assert [(row["ratio"], row["ratio_same_steps"]) for row in with_ratios(rows)] == [(1.0, 1.0), (2.0, 1.0), (1.5, 0.75)]
