@@ -261,6 +261,11 @@ def run_command(arguments: list[str]) -> int:
         return _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; mend that, and the same command goes on", 1)
 
 
+def _say(text: str) -> None:
+    if text:  # in the first of several processes
+        print(text)
+
+
 def _fail(message: str, code: int) -> int:
     print(f"maskdm: error: {' '.join(message.split())}", file=sys.stderr)
     return code
@@ -299,8 +304,10 @@ def _settings_help() -> str:
 
 def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str]) -> int:
     import logging
+    import shlex
     import warnings
 
+    command = shlex.join(["maskdm", *arguments])
     # Threads that spin long while they wait make a step forty times slower when another process wants the cores (docs/experiments.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(verb, Train | Sample | Evaluate):
@@ -312,7 +319,7 @@ def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str
     match verb:
         case Train():
             asked = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings), verb.dry_run, verb.fork)
-            return _trained(lambda: runs.train(asked, _command(arguments), runs.Display()))
+            return _trained(lambda: runs.train(asked, command, runs.Display()))
         case Plan():
             nowhere = Path(os.devnull).parent / "maskdm-plan"  # no run is there: `plan` writes none
             request = runs.TrainRequest(verb.data, nowhere, verb.recipe, verb.config, tuple(settings))
@@ -321,15 +328,15 @@ def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str
             return _compare(verb, settings)
         case Distil():
             request = runs.DistilRequest(**vars(verb), settings=tuple(settings))
-            return _trained(lambda: runs.distil_run(request, _command(arguments), runs.Display()))
+            return _trained(lambda: runs.distil_run(request, command, runs.Display()))
         case DataVerb():
             print(runs.describe_data(verb.data, verb.image_size, runs.Display()))
         case Sample():
             request = runs.SampleRequest(**vars(verb))
             paths = runs.sample_run(request, runs.Display())
-            print(f"{len(paths) - 1} images in {verb.out}; overview in {paths[-1]}")
+            _say(f"{len(paths) - 1} images in {verb.out}; overview in {paths[-1]}" if paths else "")
         case Evaluate():
-            print(_evaluate(verb))
+            _say(_evaluate(verb))
         case EmaSweep():
             sweep = runs.SweepRequest(verb.run, runs.parse_lengths(verb.sigma_rel), verb.stage, verb.measure, verb.num, verb.save)
             print(runs.ema_sweep(sweep, runs.Display()))
@@ -380,19 +387,11 @@ def _report(verb: Report) -> Path:
     return runs.report_run(folders[0])
 
 
-def _command(arguments: list[str]) -> str:
-    import shlex
-
-    return shlex.join(["maskdm", *arguments])
-
-
 def _trained(work: Callable[[], str]) -> int:
     from maskdm import runs
 
     try:
-        said = work()
-        if said:  # in the first of several processes
-            print(said)
+        _say(work())
     except runs.Interrupted as stop:
         return _fail(str(stop), 130)
     except (runs.Diverged, runs.Lost) as failure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskdm.engine import Lost
+from maskdm.engine import Lost, joined
 from maskdm.report import compare_runs, write_report
 from maskdm.runs.compare import CompareRequest, compare
 from maskdm.runs.data import describe_data
@@ -54,12 +54,15 @@ __all__ = [
 
 
 def sample_run(request: SampleRequest, display: Display) -> list[Path]:
-    """Draw images from the run that the request names. Raises UserError."""
-    pipeline, origin = load_pipeline(request.run, request.weights, request.ema)
-    display.note(f"weights: {origin}")
-    settings = sampling_settings(RunDirectory(request.run).config(), request)
-    with display.counting(f"drawing {request.num} images") as progress:
-        return sample(request, pipeline, settings, progress)
+    """Draw images from the run that the request names; no paths come from processes other than the first. Raises UserError."""
+    with joined() as ranks:
+        shown = display if ranks.first else Display(quiet=True)
+        pipeline, origin = load_pipeline(request.run, request.weights, request.ema)
+        shown.note(f"weights: {origin}")
+        settings = sampling_settings(RunDirectory(request.run).config(), request)
+        with shown.counting(f"drawing {request.num} images") as progress:
+            paths = sample(request, pipeline, settings, ranks, progress)
+        return paths if ranks.first else []
 
 
 def report_run(path: Path) -> Path:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import maskdm
 from maskdm.config import Config, GuideName, Halve, Hardware, Sampling, SchedulerName
 from maskdm.data import to_uint8
-from maskdm.engine import Precision, autocast, out_of_memory, this_machine
+from maskdm.engine import Precision, Ranks, autocast, out_of_memory, this_machine
 from maskdm.errors import UserError, nearest
 from maskdm.pictures import grid, to_pil
 from maskdm.runs.directory import Weights
@@ -22,6 +22,9 @@ from maskdm.sampling import make_scheduler, seeded
 
 TOKENS = {"cpu": 4096, "cuda": 1 << 18, "mps": 1 << 15}
 """Tokens that the network is given at once, unless the user says otherwise: enough to fill the machine (docs/performance.md)."""
+
+SHOWN = 400
+"""Images in grid.png at most."""
 
 
 def fitting_batch(pipeline: maskdm.MaskDMPipeline, guidance: float = 1.0, guide: GuideName = "label") -> int:
@@ -99,9 +102,9 @@ class SampleRequest:
 
 
 def sample(
-    request: SampleRequest, pipeline: maskdm.MaskDMPipeline, settings: Sampling, progress: Callable[[int, int], None] | None
+    request: SampleRequest, pipeline: maskdm.MaskDMPipeline, settings: Sampling, ranks: Ranks, progress: Callable[[int, int], None] | None
 ) -> list[Path]:
-    """Write sample-000000.png and so on, and grid.png, under settings from `sampling_settings`.
+    """Write sample-000000.png and so on, and grid.png, under settings from `sampling_settings`; each process draws its share.
 
     Returns the paths, the grid last. Raises UserError.
     """
@@ -116,12 +119,15 @@ def sample(
     precision = this_machine(Hardware(precision=request.precision)).precision
     if request.compile:
         pipeline.unet.compile()
-    images = draw_images(pipeline, settings, range(request.num), labels, request.seed, precision, request.batch, progress)
-    paths = [request.out / f"sample-{i:06}.png" for i in range(request.num)]
-    for image, path in zip(images, paths, strict=True):
-        to_pil(image).save(path)
+    paths, part = [request.out / f"sample-{i:06}.png" for i in range(request.num)], ranks.part(request.num)
+    wanted = labels and labels[part.start : part.stop]
+    images = list(draw_images(pipeline, settings, part, wanted, request.seed, precision, request.batch, progress)) if part else []
+    for number, image in zip(part, images, strict=True):
+        to_pil(image).save(paths[number])
+    first_ones = [image for share in ranks.gather(images[: max(0, SHOWN - part.start)]) for image in share]
     overview = request.out / "grid.png"
-    grid(images[:400], columns=max(1, round(min(request.num, 400) ** 0.5))).save(overview)
+    if ranks.first:
+        grid(np.stack(first_ones), columns=max(1, round(len(first_ones) ** 0.5))).save(overview)
     return [*paths, overview]
 
 
