@@ -1,0 +1,50 @@
+"""A web server that drops and stalls connections."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@contextmanager
+def faulty_server(files: dict[str, bytes], stall: float, ranges: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """Its address, and the requests it got. Of four requests one is cut off, one stalls midway, one is refused and one served."""
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            number = len(requests) % 4
+            if self.path not in files:
+                return self.send_error(404)
+            if number == 3:
+                return self.send_error(503)
+            body, wanted = files[self.path], self.headers.get("Range")
+            if ranges and wanted is not None:
+                first, last = wanted.removeprefix("bytes=").split("-")
+                body = body[int(first) : int(last) + 1]
+            self.send_response(206 if ranges and wanted is not None else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            try:
+                self.wfile.write(body if number == 0 else body[: len(body) // 2 + 1])
+                if number == 2:
+                    time.sleep(stall)
+            except OSError:
+                pass  # the reader has left
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
+    finally:
+        server.shutdown()
+        server.server_close()
