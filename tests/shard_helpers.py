@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @contextmanager
-def faulty_server(files: dict[str, bytes], stall: float, ranges: bool = True) -> Iterator[tuple[str, list[str]]]:
+def faulty_server(files: dict[str, bytes], stall: float, ranges: bool = True) -> Generator[tuple[str, list[str]]]:
     """Its address, and the requests it got. Of four requests one is cut off, one stalls midway, one is refused and one served."""
     requests: list[str] = []
 
