@@ -7,7 +7,7 @@ QUICKSTART ?= runs/quickstart
 MINUTES ?=
 SHORT := $(if $(MINUTES),--pretrain.budget.minutes $(MINUTES) --finetune.budget.minutes $(MINUTES))
 
-.PHONY: quickstart test test-slow check bench format clean
+.PHONY: quickstart test test-slow chaos check bench format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/maskdm train digits --recipe digits --out $(QUICKSTART) $(SHORT)
@@ -19,6 +19,11 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600
+
+# kills and broken disks: about half an hour; `make chaos KILLS=10` is a short one; stopped, the same command goes on
+KILLS ?= 200
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.chaos --kills $(KILLS) --work runs/chaos-$(KILLS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -10,8 +10,7 @@ import torch
 from maskdm.arithmetic import flops
 from maskdm.config import Budget, Config, Data, Diffusion, Ema, Hardware, Mask, Model, Optimizer, Stage
 from maskdm.data import Dataset, Loader
-from maskdm.engine import Trainer, this_machine
-from maskdm.engine.trainer import Precision
+from maskdm.engine import Precision, Trainer, this_machine
 from maskdm.masking import hidden_rate
 from maskdm.models import build
 

@@ -23,8 +23,7 @@ from benchmarks.ours import OurStep
 from benchmarks.timing import Arm, interleave, results_directory, write_rows
 from maskdm.arithmetic import ideal_speedup
 from maskdm.config import DiTConfig, Hardware, Mask, Model, NoMask, PatchMask, UViTConfig
-from maskdm.engine import environment, matrix_ceiling, this_machine
-from maskdm.engine.trainer import Precision
+from maskdm.engine import Precision, environment, matrix_ceiling, this_machine
 
 DTYPES: tuple[Precision, ...] = ("fp32", "bf16")
 HIDDEN = (0.0, 0.5, 0.75, 0.9)

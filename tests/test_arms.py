@@ -19,7 +19,7 @@ def shape(text: str) -> list[tuple[str, object, float]]:
 
 def test_arms_become_stages_that_share_the_budget() -> None:
     assert shape("whole") == [("1-whole", NoMask(), 1.0)]
-    assert shape("patch-75") == [("1-patch-75", PatchMask(0.75), 0.5), ("2-whole", NoMask(), 0.5)]
+    assert shape("patch-75") == [("1-patch-75", PatchMask(0.75), 0.25), ("2-whole", NoMask(), 0.75)]
     assert shape("block4-75@60") == [("1-block4-75", BlockMask(0.75, 4), 0.6), ("2-whole", NoMask(), 0.4)]
     assert shape("views4@50")[0] == ("1-views4", ViewsMask(4), 0.5)
     assert shape("route-50@50")[0] == ("1-route-50", RouteMask(0.5), 0.5)
@@ -45,7 +45,7 @@ def test_all_stages_learn_at_one_rate_so_that_none_gains_by_its_fall() -> None:
 
 
 def test_the_control_of_a_rate_that_falls_can_be_written() -> None:
-    assert [(s.mask, s.lr) for s in parse_arm("whole@50+whole/lr=3e-4", BASE).stages] == [(NoMask(), 5e-4), (NoMask(), 3e-4)]
+    assert [(s.mask, s.lr) for s in parse_arm("whole@50+whole/lr=3e-4", BASE).stages] == [(NoMask(), 1.5e-3), (NoMask(), 3e-4)]
 
 
 def test_a_family_without_a_rate_has_its_papers() -> None:
@@ -74,6 +74,19 @@ def test_the_newer_families_bring_the_layers_they_need() -> None:
     assert parse_arm("sprint-40", BASE).stages[0].mask == RouteMask(0.4, 2)
     config = sprint.config(BASE, 0, lambda stage, share: Budget(images=10))
     assert config.model.fuse == 2 and config.init is None
+
+
+def test_an_arm_may_have_an_optimizer_of_its_own() -> None:
+    arm = parse_arm("patch-75@25/batch=16+whole/optimizer=muon", BASE)
+    made = arm.config(BASE, 0, lambda stage, share: Budget(images=10))
+    assert made.optimizer == replace(BASE.optimizer, name="muon") and arm.name == "patch-75@25/batch=16+whole/optimizer=muon"
+    assert arm.stages == parse_arm("patch-75@25/batch=16+whole", BASE).stages and "muon" in arm.describe()
+    named = parse_arm("m=whole/optimizer=adamw/init=runs/x", replace(BASE, optimizer=replace(BASE.optimizer, name="muon")))
+    assert (named.name, named.optimizer, named.init) == ("m", "adamw", "runs/x") and named.record()["optimizer"] == "adamw"
+    with pytest.raises(UserError, match="give adamw or muon"):
+        parse_arm("whole/optimizer=sgd", BASE)
+    with pytest.raises(UserError, match="after the arm's stages"):
+        parse_arm("patch-75/optimizer=muon+whole", BASE)
 
 
 def test_an_arm_may_start_from_a_run_of_its_seed() -> None:

@@ -127,6 +127,12 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "out").exists()
 
 
+def test_work_for_one_process_is_refused_to_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_command(["data", "digits"]) == 2
+    assert "data is work for one process; start it without torchrun" in capsys.readouterr().err
+
+
 def test_a_run_leaves_what_it_promises(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {p.name for p in finished.iterdir()} >= {
         "config.yaml",
@@ -335,6 +341,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
 LONGER = [*TINY, "--pretrain.budget.steps", "60", "--finetune.budget.steps", "40", "--intervals.save", "7"]
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_equals_undisturbed(tmp_path: Path) -> None:
     arguments = ["train", "digits", "--recipe", "digits", *LONGER]
     assert run_command([*arguments, "--out", str(tmp_path / "whole")]) == 0

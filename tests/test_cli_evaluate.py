@@ -307,6 +307,7 @@ def test_a_stage_that_patience_ended_goes_on_under_another_budget_or_patience(tm
     assert state() == ([pretrain, 40], False)
 
 
+@pytest.mark.slow
 def test_stopping_and_the_best_survive_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from maskdm.runs.watch import Watch
 
@@ -332,7 +333,14 @@ def test_stopping_and_the_best_survive_a_kill(tmp_path: Path, monkeypatch: pytes
 
 def test_an_evaluation_that_is_not_a_number_is_no_better_and_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter(value for loss in (0.3, -float("inf"), 0.25, float("nan"), 0.3, 0.28) for value in (loss, 0.1))  # 0.1: of training images
-    monkeypatch.setattr(runs_watch, "denoising_loss", lambda *_: DenoisingLoss(torch.full((2, 8), next(losses))))
+    last = [0.0]
+
+    def measured(*_: object, first: int) -> DenoisingLoss:
+        """Of a batch; the batches of a measurement are alike."""
+        last[0] = next(losses) if first == 0 else last[0]
+        return DenoisingLoss(torch.full((2, 8), last[0]))
+
+    monkeypatch.setattr(runs_watch, "denoising_loss", measured)
     out = tmp_path / "run"
     assert run_command(["train", "digits", "--recipe", "digits", "--out", str(out), *TINY]) == 0
     assert [(event["step"], event["value"]) for event in events(out, "not_finite")] == [(4, "-inf"), (8, "nan")]

@@ -140,7 +140,7 @@ def test_budgets_in_seconds_are_spent_alike_whatever_the_clock_does(tmp_path: Pa
     assert run_command(["compare", "digits", "--recipe", "digits", "--budget", "40s", "--seeds", "1", "--out", str(out), *SMALL]) == 0
     found = json.loads((out / "compare.json").read_text())
     assert [r["seconds"] for r in found["curves"]["whole"][0]] == pytest.approx([2.0 * (i + 1) for i in range(20)], abs=0.1)
-    assert found["arms"]["whole"]["steps"] == 40 and found["arms"]["maskdm"]["steps"] == 40 + 20
+    assert found["arms"]["whole"]["steps"] == 40 and found["arms"]["maskdm"]["steps"] == 40 + 10
     assert found["arms"]["maskdm"]["time"] == pytest.approx(40.0, abs=0.1)
 
 

@@ -112,6 +112,7 @@ CHANGES: dict[str, str] = {
     "stages.one.warmup": "0",
     "stages.two.decay": "constant",
     "stages.two.start_from": "ema",
+    "optimizer.name": "muon",
     "optimizer.betas": "0.8,0.9",
     "optimizer.weight_decay": "0.5",
     "optimizer.clip": "0.01",
@@ -131,8 +132,10 @@ CHANGES: dict[str, str] = {
 ELSEWHERE = {
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
     "stages.one.budget.auto",  # tests/test_switch.py
-    "guard.spike", "guard.patience", "guard.rollbacks",  # tests/test_guard.py
+    "optimizer.muon",  # tests/test_muon.py
+    "guard.spike", "guard.in_a_row", "guard.rollbacks",  # tests/test_guard.py
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
+    "hardware.shard",  # tests/test_distributed.py
     "evaluation.measure", "evaluation.samples", "evaluation.features", "evaluation.patience",  # tests/test_cli_evaluate.py
     "intervals.log", "intervals.evaluate", "intervals.sample", "intervals.save", "intervals.keep",
 }  # fmt: skip

@@ -226,7 +226,7 @@ def test_views_are_sequences_of_one_image(monkeypatch: pytest.MonkeyPatch) -> No
     seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     plain = masked_denoising_loss
 
-    def loss(model: Denoiser, diffusion: Diffusion, images: torch.Tensor, labels: torch.Tensor | None, draws: object) -> object:
+    def loss(model: Denoiser, diffusion: Diffusion, images: torch.Tensor, labels: torch.Tensor | None, draws: object, _: object) -> object:
         seen.append((images, labels))
         return plain(model, diffusion, images, labels, draws)  # type: ignore[arg-type]
 

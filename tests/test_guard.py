@@ -68,7 +68,7 @@ def lines(out: Path, *events: str) -> list[dict[str, Any]]:
     return [line for line in found if line["event"] in events]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("site", SITES)
 def test_a_bad_step_is_not_applied_and_said_by_name(
     site: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -135,6 +135,7 @@ def test_weights_that_are_no_numbers_send_the_run_back_for_other_images(tmp_path
     assert all(t.isfinite().all() for name in ("model", "average") for t in load_file(last / f"{name}.safetensors").values())
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_it_went_back_takes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         inject(patch, SITES["loss is nan"], lambda trainer: trainer.progress.step >= 24 and trainer.progress.detours == 0)
@@ -156,7 +157,7 @@ def test_a_run_that_does_not_recover_gives_up_by_name(
 ) -> None:
     inject(monkeypatch, SITES["loss is nan"], lambda trainer: trainer.progress.step >= 24)
     out = tmp_path / "run"
-    assert run_command([*TRAIN, "--guard.rollbacks", "2", "--guard.patience", "3", "--out", str(out)]) == 1
+    assert run_command([*TRAIN, "--guard.rollbacks", "2", "--guard.in_a_row", "3", "--out", str(out)]) == 1
     said = capsys.readouterr().err
     error = said.splitlines()[-1]
     assert "3 steps in a row went wrong, the last 27 (stage pretrain, loss nan" in error
@@ -213,3 +214,20 @@ def test_healthy() -> None:
     assert healthy({"a": torch.ones(3), "b": torch.ones(2, dtype=torch.int64)}, {"c": torch.zeros(1)})
     assert not healthy({"a": torch.ones(3)}, {"c": torch.tensor([1.0, math.nan])})
     assert not healthy({"a": torch.tensor([math.inf])})
+
+
+@pytest.mark.slow
+def test_a_nan_at_step_100_costs_no_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = ["--model.width", "64", "--depth", "5", "--pretrain.budget.steps", "300", "--finetune.budget.steps", "300"]
+    minutes = ["--pretrain.budget.minutes", "none", "--finetune.budget.minutes", "none"]
+    found: dict[str, float] = {}
+    for name in ("without", "with"):
+        with monkeypatch.context() as patch:
+            if name == "with":
+                inject(patch, SITES["a gradient is nan"], lambda trainer: trainer.progress.step == 99)
+            out = tmp_path / name
+            assert run_command(["train", "digits", "--recipe", "digits", *sizes, *minutes, "--threads", "1", "--out", str(out)]) == 0
+        found[name] = lines(out, "heldout")[-1]["loss"]
+    (skipped,) = lines(tmp_path / "with", "skipped")
+    assert skipped["step"] == 100 and len(skipped["images"]) == 128
+    assert found["with"] == pytest.approx(found["without"], rel=0.02)

@@ -63,6 +63,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_short")
+@pytest.mark.slow
 def test_a_peer_is_trained_and_measured_as_our_arm_is_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, stopped, real, left = tmp_path / "a", tmp_path / "b", Contestant.advance, 6
     assert compare.run_command(command(whole)) == 0

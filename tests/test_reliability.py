@@ -129,7 +129,9 @@ def test_what_the_disk_refuses_leaves_the_one_before_and_its_number(tmp_path: Pa
     assert raised.value.errno == errno.ENOSPC and [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.slow), pytest.param(errno.EROFS, marks=pytest.mark.slow)]
+)
 def test_a_disk_that_is_full_for_a_while_costs_nothing(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

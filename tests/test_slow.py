@@ -49,6 +49,13 @@ def test_five_random_kills_change_nothing(tmp_path: Path) -> None:
         assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
 
 
+def test_a_short_chaos_loses_nothing(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "tests.chaos", "--kills", "10", "--work", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == found["survived"] == 12 and found["mismatches"] == 0
+
+
 @pytest.mark.parametrize(("count", "copies"), [(20, True), (1700, False)])
 def test_a_model_that_memorised_is_told_from_one_that_did_not(
     count: int, copies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -383,13 +383,13 @@ def test_updates_are_what_the_optimizer_did() -> None:
     torch.manual_seed(0)
     model = build(DiTConfig(width=16, depth=2, heads=2, patch=4), recipe("digits", "x").data, 0)
     optimizer = make_optimizer(model, Optimizer(weight_decay=0.0), 1e-2)
-    assert not any(name.startswith("updates") for name in network_histograms(model, optimizer))
+    assert not any(name.startswith("updates") for name in network_histograms(model, optimizer.param_groups, optimizer.state))
     for _ in range(3):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    found = network_histograms(model, optimizer)
+    found = network_histograms(model, optimizer.param_groups, optimizer.state)
     names = {name.partition("/")[2] for name in found}
     assert {"blocks.0", "blocks.1"} <= names and len(found) == 2 * len(names)
     for block in names:

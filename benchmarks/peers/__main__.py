@@ -25,8 +25,7 @@ from benchmarks.peers import adapters, sizes
 from benchmarks.peers.adapters import Peer, Shape
 from benchmarks.timing import Arm, cast, interleave, results_directory, write_rows
 from maskdm.config import DiTConfig, Ema, Hardware, Mask, Model, NoMask, PatchMask, UViTConfig
-from maskdm.engine import environment, this_machine
-from maskdm.engine.trainer import Precision
+from maskdm.engine import Precision, environment, this_machine
 
 CASES = {
     "small": (Shape(32, 4, 192, 9, 6), 64),

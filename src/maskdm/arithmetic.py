@@ -30,6 +30,11 @@ def flops(config: Config, mask: Mask, images: int | float) -> float:
     return 3.0 * images * num_sequences(mask) * each
 
 
+def cost_ratio(config: Config, mask: Mask, other: Mask) -> float:
+    """Arithmetic of an image under a mask over that under another."""
+    return flops(config, mask, 1) / flops(config, other, 1)
+
+
 def tokens_per_image(config: Config, mask: Mask) -> int:
     """Tokens of an image that the first block works on, over all its sequences."""
     return num_sequences(mask) * _tokens(config, mask)[0]

@@ -27,7 +27,6 @@ WeightsName = Literal["raw", "ema", "best"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 Run = Annotated[Positional[Path], arg(metavar="RUN", help="directory of a run of `maskdm train`")]
 
-
 RECIPES = f"a ready-made configuration, one of {OFFERED}"
 
 
@@ -311,9 +310,10 @@ def _perform(
     import logging
     import warnings
 
-    # Threads that spin long while they wait make a step forty times slower when another process wants the same cores; a short
-    # spin costs nothing when none does (docs/experiments.md). Read by the OpenMP runtime when torch is imported.
+    # Threads that spin long while they wait make a step forty times slower when another process wants the cores (docs/experiments.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(verb, Train | Sample | Evaluate):
+        raise UserError(f"{arguments[0]} is work for one process; start it without torchrun (train, sample and evaluate are shared)")
     warnings.filterwarnings("ignore", module=r"diffusers|torch\.utils\.tensorboard|multiprocessing")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     from maskdm import runs

@@ -17,6 +17,11 @@ def nearest(word: str, choices: list[str]) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
+def shorten(text: str, most: int = 200) -> str:
+    """The text, or its beginning where it is too long for a message."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENODEV}
 
 

@@ -7,6 +7,7 @@ UserError that names the key and the nearest valid one.
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 
 from maskdm.config import SHORTHANDS, Config
-from maskdm.errors import UserError, nearest
+from maskdm.errors import UserError, nearest, shorten
 
 Plain = dict[str, Any]
 
@@ -99,11 +100,11 @@ def _build_member(members: tuple[Any, ...], value: Any, path: str) -> Any:
         if value in kinds:
             return members[kinds.index(value)]()
         names = sorted({*kinds, *(n for n, each in SHORTHANDS.items() if isinstance(each, members))})
-        raise UserError(f"{path} is '{value}'; give one of {', '.join(names)}")
+        raise UserError(f"{path} is '{shorten(str(value))}'; give one of {', '.join(names)}")
     if not isinstance(value, dict) or "kind" not in value:
         raise UserError(f"{path} needs a kind: one of {', '.join(kinds)}")
     if value["kind"] not in kinds:
-        raise UserError(f"{path}.kind is '{value['kind']}'; give one of {', '.join(kinds)}")
+        raise UserError(f"{path}.kind is '{shorten(str(value['kind']))}'; give one of {', '.join(kinds)}")
     return _build_dataclass(members[kinds.index(value["kind"])], {k: v for k, v in value.items() if k != "kind"}, path)
 
 
@@ -117,7 +118,7 @@ def _build_single(hint: Any, value: Any, path: str) -> Any:
             if not isinstance(value, bool) and str(value) == str(choice):
                 return choice
         names = [str(choice) for choice in choices]
-        raise UserError(f"{path} is '{value}'; give one of {', '.join(names)}{nearest(str(value), names)}")
+        raise UserError(f"{path} is '{shorten(str(value))}'; give one of {', '.join(names)}{nearest(str(value), names)}")
     if get_origin(hint) is tuple:
         return _build_tuple(hint, value, path)
     return _build_scalar(hint, value, path)
@@ -125,12 +126,12 @@ def _build_single(hint: Any, value: Any, path: str) -> Any:
 
 def _build_dataclass(cls: type, value: Any, path: str) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"{path or 'the configuration'} must be a mapping of settings, not '{value}'")
+        raise UserError(f"{path or 'the configuration'} must be a mapping of settings, not '{shorten(str(value))}'")
     known = _hints(cls)
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in known:
-            raise UserError(f"unknown setting '{prefix}{key}'{nearest(str(key), list(known))} (of {', '.join(known)})")
+            raise UserError(f"unknown setting '{prefix}{shorten(str(key))}'{nearest(str(key), list(known))} (of {', '.join(known)})")
     for each in fields(cls):
         if each.name not in value and each.default is MISSING and each.default_factory is MISSING:
             raise UserError(f"setting '{prefix}{each.name}' is missing")
@@ -145,7 +146,7 @@ def _build_tuple(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, str):
         value = [v.strip() for v in value.strip("[]() ").split(",")]
     if not isinstance(value, list | tuple):
-        raise UserError(f"{path} is '{value}'; give a list")
+        raise UserError(f"{path} is '{shorten(str(value))}'; give a list")
     items: list[Any] = list(value)  # pyright: ignore[reportUnknownArgumentType]
     if _is_list_of_scalars(hint):
         return tuple(_build(parts[0], item, path) for item in items)
@@ -153,7 +154,7 @@ def _build_tuple(hint: Any, value: Any, path: str) -> Any:
         names = [item.get("name", i) if isinstance(item, dict) else i for i, item in enumerate(items)]
         return tuple(_build(parts[0], item, f"{path}.{name}") for name, item in zip(names, items, strict=True))
     if len(items) != len(parts):
-        raise UserError(f"{path} is '{value}'; give {len(parts)} values")
+        raise UserError(f"{path} is '{shorten(str(value))}'; give {len(parts)} values")
     return tuple(_build(part, item, path) for part, item in zip(parts, items, strict=True))
 
 
@@ -173,7 +174,7 @@ def _build_scalar(hint: Any, value: Any, path: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-    raise UserError(f"{path} is '{value}'; give {kind}")
+    raise UserError(f"{path} is '{shorten(str(value))}'; give {kind}")
 
 
 # --- single settings by name --------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def find(config: Config, name: str) -> Leaf:
     paths = [leaf.path.removesuffix(".kind") for leaf in every]
     tails = {path: path for path in paths} | {".".join(path.split(".")[-n:]): path for path in paths for n in (2, 1)}
     hint = nearest(".".join(wanted), list(tails))
-    raise UserError(f"unknown setting --{name}{hint or '; `maskdm train --help` lists them'}")
+    raise UserError(f"unknown setting --{shorten(name)}{hint or '; `maskdm train --help` lists them'}")
 
 
 def override(config: Config, assignments: Sequence[tuple[str, str]]) -> Config:
@@ -255,9 +256,9 @@ def _parse(text: str) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"'{text}' is not valid YAML: {' '.join(str(error).split())}") from None
+        return _load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"'{shorten(text)}' is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _assign(plain: Plain, leaf: Leaf, value: Any) -> None:
@@ -283,13 +284,58 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 
 
+MOST_BYTES, MOST_VALUES, MOST_CHARACTERS, DEEPEST = 1 << 20, 10_000, 3000, 20
+"""Of a YAML text: its length, the values in it where aliases are written out, the length of one, and mappings within mappings."""
+
+
+def _load(text: str) -> Any:
+    """The plain values of a YAML text. Raises ValueError or YAMLError for one that is wrong, ambiguous or out of all bounds."""
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it is longer than {MOST_BYTES} characters")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _count(node, {}, 0)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {DEEPEST}") from None
+    try:
+        return yaml.safe_load(text)
+    except (AttributeError, LookupError, TypeError, OverflowError):  # by PyYAML, of a value that is not of the type its tag says
+        raise ValueError("a value is not of the type that its tag says") from None
+
+
+def _count(node: yaml.Node | None, counted: dict[int, int], depth: int) -> int:
+    """Values below a node, those of aliases as often as they are named. Raises ValueError where they are too many, or a key is twice."""
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested deeper than {DEEPEST}")
+    if isinstance(node, yaml.ScalarNode) and len(node.value) > MOST_CHARACTERS:
+        raise ValueError(f"line {node.start_mark.line + 1} has a value of more than {MOST_CHARACTERS} characters")
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = MOST_VALUES  # until it is known: what holds itself is too large
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = [key for (_, key), times in keys.items() if times > 1]
+            if twice:
+                raise ValueError(f"'{shorten(twice[0])}' is given twice (line {node.start_mark.line + 1} and on)")
+            inner = [each for pair in node.value for each in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        counted[id(node)] = 1 + sum(_count(each, counted, depth + 1) for each in inner)
+    if counted[id(node)] > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES} values")
+    return counted[id(node)]
+
+
 def read_yaml(path: Path) -> Any:
     """The plain values of a YAML file. Raises UserError when it is absent, unreadable or not a mapping."""
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:  # of a file without end, so much is enough to know
+            plain = _load(file.read(4 * MOST_BYTES + 1).decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
         raise UserError(f"{path} is not a mapping of settings")

@@ -319,24 +319,26 @@ def histogram(values: Tensor) -> Histogram | None:
 
 
 @torch.no_grad()
-def network_histograms(model: Denoiser, optimizer: torch.optim.AdamW) -> dict[str, Histogram]:
-    """Weights, and log10 of the size of the last update (AdamW's, decay left out), for each block of the network.
+def network_histograms(
+    model: Denoiser, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]
+) -> dict[str, Histogram]:
+    """Weights, and log10 of the size of the last update (AdamW's alone, decay left out), for each block of the network.
 
-    The update is computed from the optimizer's moments, so that nothing is kept from step to step.
+    `groups` and `state` are the optimizer's. The update is computed from its moments, so that nothing is kept from step to step.
     """
     weights: dict[str, list[Tensor]] = {}
     updates: dict[str, list[Tensor]] = {}
-    settings = {p: group for group in optimizer.param_groups for p in group["params"]}
+    settings = {p: group for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         part = re.match(r"\w+(\.\d+)?", name)
         block = part[0] if part else name
         weights.setdefault(block, []).append(parameter.flatten())
-        state = optimizer.state.get(parameter, {})
-        if state:
+        moments = state.get(parameter, {})
+        if "exp_avg" in moments:
             group = settings[parameter]
-            first, second = (1 - beta ** float(state["step"]) for beta in group["betas"])
-            change = group["lr"] * (state["exp_avg"] / first) / ((state["exp_avg_sq"] / second).sqrt() + group["eps"])
+            first, second = (1 - beta ** float(moments["step"]) for beta in group["betas"])
+            change = group["lr"] * (moments["exp_avg"] / first) / ((moments["exp_avg_sq"] / second).sqrt() + group["eps"])
             updates.setdefault(block, []).append(change.abs().clamp(min=SMALLEST).log10().flatten())
-    groups = {f"weights/{k}": v for k, v in weights.items()} | {f"updates (log10)/{k}": v for k, v in updates.items()}
-    found = {name: histogram(torch.cat(values)) for name, values in groups.items()}
+    values = {f"weights/{k}": v for k, v in weights.items()} | {f"updates (log10)/{k}": v for k, v in updates.items()}
+    found = {name: histogram(torch.cat(each)) for name, each in values.items()}
     return {name: each for name, each in found.items() if each is not None}

@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,28 +37,31 @@ COMMAND = [
     "--intervals.sample", "30", "--sampling.steps", "2", "--sampling.num", "4",
 ]  # fmt: skip
 
-PATIENCE = 120.0
-"""Seconds after which a run hangs."""
+PATIENCE = 600.0
+"""Seconds after which a run hangs: it takes ten or twenty, but others may want the machine."""
 
 
 @dataclass
 class Trial:
     """What is done to one process. after: seconds until it is killed. spec: as faults.c reads it."""
 
-    after: float | None
-    spec: str | None
+    after: float | None = None
+    spec: str | None = None
+    victim: int = 0
+    """Among several processes, by its number modulo theirs."""
 
     @staticmethod
     def of(number: int, length: float, faults: bool) -> Trial:
         """The trial of a number; `length`: seconds that an undisturbed process takes."""
         chance = random.Random(number)
+        victim = chance.randrange(10_000)
         if not faults and chance.random() < 0.5:
-            return Trial(chance.uniform(0.1, length), None)
+            return Trial(chance.uniform(0.1, length), None, victim)
         kind, where = chance.choice(("write", "fsync", "rename")), round(2 ** chance.uniform(0, 9))
         if not faults:
-            return Trial(None, f"{kind}:{where}:1:0")
+            return Trial(None, f"{kind}:{where}:1:0", victim)
         number = chance.choice((errno.ENOSPC, errno.EIO, errno.EROFS))
-        return Trial(None, f"{kind}:{where}:{chance.choice((1, 5, 100_000))}:{number}")
+        return Trial(None, f"{kind}:{where}:{chance.choice((1, 5, 100_000))}:{number}", victim)
 
     @property
     def site(self) -> str:
@@ -81,38 +85,62 @@ class Score:
     losses: list[str] = field(default_factory=list[str])
 
 
-def run(out: Path, trial: Trial, log: Path) -> int:
-    """One process; returns its exit code, negative where a signal ended it, or None where it hung."""
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            with log.open("ab") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            if trial.spec is not None:
-                os.environ |= {"CHAOS_ROOT": f"{out}/", "CHAOS_SPEC": trial.spec}
-            from maskdm.cli import run_command
+def run(out: Path, trial: Trial, log: Path, world: int = 1) -> int:
+    """The processes of a run, to their end; returns an exit code, negative where a signal ended the one that the trial is for.
 
-            code = run_command([*COMMAND, "--out", str(out)])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    started, killed = time.monotonic(), False
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+    When that one dies the others are killed a moment later, as by torchrun.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    victim = trial.victim % world
+    children = {rank: fork(out, trial if rank == victim else None, log, rank, world, port) for rank in range(world)}
+    victims, codes = children[victim], dict[int, int]()
+    started, kill_at = time.monotonic(), trial.after
+    while len(codes) < world:
+        for child in set(children.values()) - set(codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
         spent = time.monotonic() - started
-        if not killed and spent > (PATIENCE if trial.after is None else trial.after):
-            os.kill(child, signal.SIGKILL)
-            killed = True
-            if trial.after is None:
+        if kill_at is not None and spent > kill_at and victims not in codes:
+            os.kill(victims, signal.SIGKILL)
+            kill_at = None
+        if codes.get(victims, 0) < 0:
+            time.sleep(trial.victim % 100 / 100)
+        if codes.get(victims, 0) < 0 or spent > PATIENCE:
+            for child in set(children.values()) - set(codes):
+                os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return -signal.SIGALRM
+                codes[child] = -signal.SIGKILL if spent <= PATIENCE else -signal.SIGALRM
         time.sleep(0.002)
+    hung = -signal.SIGALRM in codes.values()
+    return -signal.SIGALRM if hung else codes[victims] if codes[victims] else max(codes.values())
+
+
+def fork(out: Path, trial: Trial | None, log: Path, rank: int, world: int, port: int) -> int:
+    """Begin one process; returns its number."""
+    child = os.fork()
+    if child != 0:
+        return child
+    code = 70
+    try:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        if trial is not None and trial.spec is not None:
+            os.environ |= {"CHAOS_ROOT": f"{out}/", "CHAOS_SPEC": trial.spec}
+        if world > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        from maskdm.cli import run_command
+
+        code = run_command([*COMMAND, "--out", str(out)])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def left_by(out: Path) -> dict[str, Any]:
@@ -163,16 +191,16 @@ def judge(score: Score, trial: Trial, code: int, said: str, faults: bool) -> boo
     return code == 0
 
 
-def chaos(kills: int, faults: int, work: Path) -> Score:
+def chaos(kills: int, faults: int, work: Path, world: int = 1) -> Score:
     """Go on until so many processes have been killed, and so many disks have failed; the run at hand is then finished and compared."""
     reference = work / "undisturbed"
     if not (reference / "samples.png").is_file():
         shutil.rmtree(reference, ignore_errors=True)
-        assert run(reference, Trial(None, None), work / "undisturbed.log") == 0, (work / "undisturbed.log").read_text()
+        assert run(reference, Trial(), work / "undisturbed.log", world) == 0, (work / "undisturbed.log").read_text()
     expected = left_by(reference)
     started = time.monotonic()
     shutil.rmtree(work / "again", ignore_errors=True)
-    assert run(work / "again", Trial(None, None), work / "undisturbed.log") == 0
+    assert run(work / "again", Trial(), work / "undisturbed.log", world) == 0
     length = time.monotonic() - started
     assert not differences(expected, left_by(work / "again")), "two undisturbed runs differ: nothing can be said"
     file, out, log = work / "score.json", work / "run", work / "run.log"
@@ -183,9 +211,9 @@ def chaos(kills: int, faults: int, work: Path) -> Score:
     while True:
         of_disk = score.kills >= kills
         enough = of_disk and score.faults.total() >= faults
-        trial = Trial(None, None) if enough else Trial.of(score.trials, length, of_disk)
+        trial = Trial() if enough else Trial.of(score.trials, length, of_disk)
         log.write_bytes(b"")
-        code = run(out, trial, log)
+        code = run(out, trial, log, world)
         if judge(score, trial, code, log.read_text(errors="replace"), of_disk and not enough):
             score.finished += 1
             wrong = differences(expected, left_by(out), of_disk)
@@ -198,7 +226,10 @@ def chaos(kills: int, faults: int, work: Path) -> Score:
         if score.losses or (enough and code == 0):
             return score
         if score.trials % 20 == 0:
-            print(f"{score.trials} processes: {score.kills} killed, {score.faults.total()} disk faults, {score.finished} runs", flush=True)
+            print(
+                f"{score.trials} starts of {world}: {score.kills} killed, {score.faults.total()} disk faults, {score.finished} runs",
+                flush=True,
+            )
 
 
 def main() -> int:
@@ -206,6 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--faults", type=int, help="processes whose disk fails; half of --kills if left out")
+    parser.add_argument("--kills-of-two", type=int, help="in runs of two processes; a fifth of --kills if left out")
     parser.add_argument("--work", type=Path, default=Path("runs/chaos"), help="folder of the runs, and of what is known so far")
     given = parser.parse_args()
     work = given.work.absolute()
@@ -217,16 +249,35 @@ def main() -> int:
         os.execv(sys.executable, [sys.executable, "-m", "tests.chaos", *sys.argv[1:]])
     import maskdm.runs.train  # noqa: F401 - once, here: a forked process has it
 
-    score = chaos(given.kills, given.kills // 2 if given.faults is None else given.faults, work)
-    print(f"kills survived: {score.survived} of {score.kills} ({', '.join(f'{n} by {s}' for s, n in sorted(score.kill_sites.items()))})")
-    sites = ", ".join(f"{number} in {site}" for site, number in sorted(score.faults.items())) or "none"
-    print(f"disk faults: {sites}; {score.ended} ended their process with one line, the others cost nothing")
-    print(f"runs finished: {score.finished}, other than the undisturbed one: {score.mismatches}")
-    for loss in score.losses:
-        print(f"LOST: {loss}")
-    counts = {"kills": score.kills, "survived": score.survived, "mismatches": score.mismatches, "faults": dict(score.faults)}
+    counts: dict[str, Any] = {"kills": 0, "survived": 0, "mismatches": 0, "faults": {}}
+    lost: list[str] = []
+    faults = given.kills // 2 if given.faults is None else given.faults
+    two = given.kills // 5 if given.kills_of_two is None else given.kills_of_two
+    for world, kills, fails in ((1, given.kills, faults), (2, two, 0)):
+        if kills + fails == 0:
+            continue
+        folder = work / f"of-{world}"
+        folder.mkdir(exist_ok=True)
+        score = chaos(kills, fails, folder, world)
+        show(score, world)
+        counts["kills"] += score.kills
+        counts["survived"] += score.survived
+        counts["mismatches"] += score.mismatches
+        counts["faults"] |= score.faults
+        lost += score.losses
     print(json.dumps(counts))
-    return 1 if score.losses else 0
+    return 1 if lost else 0
+
+
+def show(score: Score, world: int) -> None:
+    """In words."""
+    print(f"runs of {world} process{'es' if world > 1 else ''}:")
+    print(f"  kills survived: {score.survived} of {score.kills} ({', '.join(f'{n} by {s}' for s, n in sorted(score.kill_sites.items()))})")
+    sites = ", ".join(f"{number} in {site}" for site, number in sorted(score.faults.items())) or "none"
+    print(f"  disk faults: {sites}; {score.ended} ended their process with one line, the others cost nothing")
+    print(f"  runs finished: {score.finished}, other than the undisturbed one: {score.mismatches}")
+    for loss in score.losses:
+        print(f"  LOST: {loss}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Config:
     model: Annotated[Model, "the network: uvit or dit, or one of uvit-s, uvit-b, uvit-l"]
     stages: Annotated[tuple[Stage, ...], "the stages, in order"]
     diffusion: Annotated[Diffusion, "noise and target"] = field(default_factory=Diffusion)
-    optimizer: Annotated[Optimizer, "AdamW"] = field(default_factory=Optimizer)
+    optimizer: Annotated[Optimizer, "AdamW or Muon"] = field(default_factory=Optimizer)
     ema: Annotated[Ema, "average of the weights"] = field(default_factory=Ema)
     hardware: Annotated[Hardware, "device and precision"] = field(default_factory=Hardware)
     guard: Annotated[Guard, "what is done about steps that go wrong"] = field(default_factory=Guard)
@@ -90,6 +90,8 @@ class Config:
 
     def check(self) -> None:
         """What no part can check alone: that patches divide the image and masks the grid. Raises UserError."""
+        together = self.hardware.shard and self.optimizer.name == "muon"
+        require(not together, "optimizer.name muon needs whole matrices, which hardware.shard cuts; set one of the two back")
         height, width = self.data.image_size
         unit = self.model.side
         if height % unit or width % unit:

@@ -55,13 +55,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW (arXiv 1711.05101); no decay on norms, biases, positions and embeddings."""
+    """AdamW (arXiv 1711.05101), or with Muon for the matrices of blocks; no decay on norms, biases, positions and embeddings."""
 
+    name: Annotated[Literal["adamw", "muon"], "muon: steps along orthogonalised gradients for the matrices of the blocks"] = "adamw"
+    muon: Annotated[float, "Muon's learning rate, relative to the stage's at AdamW's size of step"] = 2.0
     betas: Annotated[tuple[float, float], "decay of the gradient's mean and of its square"] = (0.99, 0.99)
     weight_decay: Annotated[float, "decoupled weight decay of the matrices"] = 0.03
     clip: Annotated[float | None, "largest gradient norm; none for no clipping"] = 1.0
 
     def __post_init__(self) -> None:
+        require(self.muon > 0, f"optimizer.muon is {self.muon}; it must be above 0")
         require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas are {self.betas}; each must be from 0 to below 1")
         require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
         require(self.clip is None or self.clip > 0, f"optimizer.clip is {self.clip}; it must be above 0, or none")
@@ -92,12 +95,12 @@ class Guard:
         float | None,
         "a step is skipped whose loss or gradient norm is so many times the median of the 64 before; none: only what is no number",
     ] = 10.0
-    patience: Annotated[int, "steps skipped in a row after which the run goes back to its last checkpoint, for other images and noise"] = 5
+    in_a_row: Annotated[int, "steps skipped in a row after which the run goes back to its last checkpoint, for other images and noise"] = 5
     rollbacks: Annotated[int, "times that it goes back to the same checkpoint before it gives up"] = 3
 
     def __post_init__(self) -> None:
         require(self.spike is None or self.spike > 1, f"guard.spike is {self.spike}; it must be above 1, or none")
-        require(self.patience >= 1, f"guard.patience is {self.patience}; it must be at least 1")
+        require(self.in_a_row >= 1, f"guard.in_a_row is {self.in_a_row}; it must be at least 1")
         require(self.rollbacks >= 0, f"guard.rollbacks is {self.rollbacks}; it must be 0 or more")
 
 
@@ -116,6 +119,7 @@ class Hardware:
         "recompute in the backward pass, for less memory: off; selective, all but the matrix products; or all, a third slower",
     ] = "off"
     threads: Annotated[int, "CPU threads; 0 for all cores"] = 0
+    shard: Annotated[bool, "cut weights, averages and moments over the processes (FSDP), for models that one device does not hold"] = False
 
     def __post_init__(self) -> None:
         require(self.threads >= 0, f"hardware.threads is {self.threads}; it must be 0 or more")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
 from maskdm.data.decode import BrokenImage
 from maskdm.data.source import Item, Source, class_labels, digest_files
-from maskdm.errors import UserError
+from maskdm.errors import UserError, shorten
 
 IMAGE_KEYS = ("images", "x", "arr_0")
 LABEL_KEYS = ("labels", "label", "y", "arr_1")
@@ -26,14 +26,26 @@ Array = NDArray[Any]
 
 def open_array(location: str, path: Path) -> Source:
     """A .npy array, memory-mapped, or the images and labels of a .npz. Raises UserError for anything else."""
+    arrays: dict[str, Array] | None = None
     try:
         opened: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(opened, np.ndarray):
             with opened as archive:
-                return _open_archive(location, path, {key: archive[key] for key in archive.files})
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{location} cannot be read as numbers ({error}); save it again with numpy.save or savez") from error
-    return _array_source(location, path, location, opened, None, ())
+                _check_fits(location, sum(entry.file_size for entry in archive.zip.infolist()))
+                arrays = {key: archive[key] for key in archive.files}
+    except UserError:
+        raise
+    except Exception as error:  # a damaged header or archive has the readers raise whatever it leads them to
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__)
+        raise UserError(f"{location} cannot be read as numbers ({reason}); save it again with numpy.save or savez") from error
+    return _array_source(location, path, location, opened, None, ()) if arrays is None else _open_archive(location, path, arrays)
+
+
+def _check_fits(location: str, size: int) -> None:
+    """Refuse an archive that unpacks to more than the memory that is free: a megabyte of one can hold a terabyte of zeros."""
+    free = psutil.virtual_memory().available
+    if size > free:
+        raise UserError(f"{location} unpacks to {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; save the images as .npy")
 
 
 def open_digits(location: str) -> Source:
@@ -65,6 +77,7 @@ def _open_archive(location: str, path: Path, arrays: dict[str, Array]) -> Source
     images = arrays[key]
     labels = next((arrays[name] for name in LABEL_KEYS if name in arrays), None)
     names = next((tuple(map(str, arrays[name].ravel())) for name in NAME_KEYS if name in arrays), ())
+    _channels_last(f"{location}[{key}]", images)
     if labels is not None and (labels.size != len(images) or labels.dtype.kind not in "iubUS"):
         what = f"labels of shape {labels.shape} and type {labels.dtype}"
         raise UserError(f"{location}: {what} do not go with {len(images)} images; give one class each")
@@ -107,6 +120,8 @@ def _labels(what: str, labels: Array | None, names: tuple[str, ...]) -> tuple[ND
 def _channels_last(what: str, images: Array) -> Array:
     """[N, H, W] or [N, H, W, C], C of 1, 3 or 4, from any of the layouts taken; a view."""
     shape = images.shape
+    if 0 in shape[1:]:
+        raise UserError(f"{what} has shape {shape}: images of no pixels")
     if images.ndim == 4 and shape[3] == 1:
         return images[..., 0]
     if images.ndim == 4 and shape[3] in (3, 4):

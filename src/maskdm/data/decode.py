@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +31,10 @@ Size = tuple[int, int]
 RGB = tuple[int, int, int]
 
 
+MOST_BYTES = 1 << 30
+"""The largest encoded image taken; more would be read into memory before Pillow sees its header."""
+
+
 class BrokenImage(Exception):
     """An image that cannot be used. The message is the reason, without the image's name."""
 
@@ -54,7 +59,13 @@ def decode(image: Image.Image | bytes | Path, settings: Data) -> tuple[NDArray[n
 
 
 def open_image(item: bytes | Path) -> Image.Image:
-    """Read the header. Raises BrokenImage for a file of no bytes, and what Pillow raises."""
+    """Read the header. Raises BrokenImage for what is no file, or one of no bytes or too many, and what Pillow raises."""
+    if isinstance(item, Path):
+        status = item.stat()
+        if not stat.S_ISREG(status.st_mode):  # a table may name a device, which has no end, or a pipe, which waits
+            raise BrokenImage("not a file")
+        if status.st_size > MOST_BYTES:
+            raise BrokenImage("a file of more than 1 GiB")
     data = item if isinstance(item, bytes) else item.read_bytes()
     if not data:
         raise BrokenImage("empty file")

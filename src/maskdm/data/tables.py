@@ -49,15 +49,28 @@ class _Rows:
         with self.lock:
             column = self.kept.get(group)
             if column is None:
-                column = self.kept[group] = self.read(group)
+                column = self.kept[group] = self._read(group)
                 self._forget()
             self.kept.move_to_end(group)
         cell: Any = column[index - int(self.starts[group])].as_py()
         if isinstance(cell, dict):
-            cell = cell.get("bytes") or (Path(cell["path"]) if cell.get("path") else None)
+            path = cell.get("path")
+            cell = cell.get("bytes") or (Path(path) if isinstance(path, str) and path else path)
         if not cell:
             raise BrokenImage("empty cell")
+        if not isinstance(cell, bytes | Path):
+            raise BrokenImage("not the bytes of an image")
         return cell
+
+    def _read(self, group: int) -> pa.ChunkedArray:
+        """The image column of a group. Raises BrokenImage where it cannot be read whole."""
+        try:
+            column = self.read(group)
+        except Exception as error:  # pyarrow's readers raise whatever a damaged file leads them to
+            raise BrokenImage(f"rows that cannot be read ({_first_line(error)})") from error
+        if len(column) != self.sizes[group]:
+            raise BrokenImage(f"a group of {self.sizes[group]} rows, of which {len(column)} are there")
+        return column
 
     def _forget(self) -> None:
         rows = sum(map(len, self.kept.values()))
@@ -88,7 +101,9 @@ def open_parquet(location: str, root: Path, names: Sequence[str]) -> Source:
         nested = f"{columns.image}.path" if _has_path(files[0].schema_arrow.field(columns.image).type) else None
         paths = _column(files, nested, lambda value: value["path"] if value else None) if nested else None
         values = _column(files, columns.label, lambda value: value) if columns.label else None
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueError or OSError
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow's readers raise whatever a damaged file leads them to
         raise UserError(f"{location} cannot be read as parquet: {_first_line(error)}; is the file whole?") from error
     rows = _Rows(
         sizes=[file.metadata.row_group(group).num_rows for file, group in groups],

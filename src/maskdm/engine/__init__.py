@@ -5,6 +5,8 @@ from __future__ import annotations
 from maskdm.engine.checkpoint import Checkpoint
 from maskdm.engine.hardware import (
     Machine,
+    Precision,
+    autocast,
     environment,
     give_back_freed_memory,
     keep_freed_memory,
@@ -12,12 +14,12 @@ from maskdm.engine.hardware import (
     out_of_memory,
     this_machine,
 )
-from maskdm.engine.memory import available_memory, peak_memory, reset_peak_memory
+from maskdm.engine.memory import available_memory, more_pieces, peak_memory, reset_peak_memory
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.progress import Progress, Skipped, StageProgress, Step
 from maskdm.engine.ranks import Lost, Ranks, joined
 from maskdm.engine.switch import Probe, Switch
-from maskdm.engine.trainer import Precision, Trainer, autocast, more_pieces
+from maskdm.engine.trainer import Trainer
 from maskdm.engine.weights import Transfer, transfer
 
 __all__ = [

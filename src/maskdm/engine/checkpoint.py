@@ -12,11 +12,13 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +28,8 @@ from maskdm.errors import UserError
 FORMAT = 2
 """Raised when the same tensors, or the draws of the steps to come, mean something else than before."""
 _MANIFEST = "manifest.json"
+SMALL = "small.safetensors"
+"""Of a checkpoint that is cut: what is not, counts of steps and the like."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Checkpoint:
     path: Path
     tensors: dict[str, dict[str, Tensor]]
     numbers: dict[str, Any]
+    cut: bool = False
+    """Whether its files are parts of tensors, one of each process."""
 
 
 class Damaged(UserError):
@@ -47,14 +53,28 @@ class Damaged(UserError):
 
 def save(folder: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> Path:
     """Write the checkpoint `folder/name` atomically: it is there whole, or not at all. Raises OSError, and what was there stands."""
-    partial = folder / f".{name}.partial"
+    partial = partial_of(folder, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
-        _write(partial, tensors, numbers)
+        partial.mkdir()
+        for file, group in tensors.items():
+            save_tensors({key: value.detach().contiguous().cpu() for key, value in group.items()}, partial / f"{file}.safetensors")
+        return put_in_place(folder, name, digests(partial, "*"), numbers)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)  # of no use, and the disk may be full
         raise
+
+
+def put_in_place(
+    folder: Path, name: str, files: Mapping[str, Mapping[str, str | int]], numbers: Mapping[str, Any], cut: bool = False
+) -> Path:
+    """Give a checkpoint, whose files are all on the disk, its manifest and its name."""
+    partial = partial_of(folder, name)
+    manifest = partial / _MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, "cut": cut, "files": files, **numbers}, indent=1))
+    sync(manifest)
+    sync(partial)
     final, old = folder / name, _old(folder / name)
     if final.exists():  # out of the way in one move: a kill must not leave half of it
         shutil.rmtree(old, ignore_errors=True)
@@ -65,17 +85,14 @@ def save(folder: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], n
     return final
 
 
-def _write(partial: Path, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
-    partial.mkdir()
-    files: dict[str, dict[str, str | int]] = {}
-    for file, group in tensors.items():
-        path = partial / f"{file}.safetensors"
-        save_tensors({key: value.detach().contiguous().cpu() for key, value in group.items()}, path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-    manifest = partial / _MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, "files": files, **numbers}, indent=1))
-    sync(manifest)
-    sync(partial)
+def partial_of(folder: Path, name: str) -> Path:
+    """Where a checkpoint is until all of it is on the disk."""
+    return folder / f".{name}.partial"
+
+
+def digests(folder: Path, pattern: str) -> dict[str, dict[str, str | int]]:
+    """Size and SHA-256 of files, by their names."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(folder.glob(pattern))}
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -128,26 +145,60 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _plain(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in manifest.items() if key not in ("format", "files")}
+    return {key: value for key, value in manifest.items() if key not in ("format", "files", "cut")}
 
 
-def load(path: Path) -> Checkpoint:
-    """Read and verify a checkpoint. Raises Damaged, naming the file and the way out, and UserError for another version's."""
+def load(path: Path, parts: bool = False) -> Checkpoint:
+    """Read and verify a checkpoint. Raises Damaged, naming the file and the way out, and UserError for another version's.
+
+    parts: leave the tensors of one that is cut to `sharding.read`, in each process its part; else they are put together.
+    """
     manifest = _manifest(path)
     files: dict[str, dict[str, Any]] = manifest["files"]
     tensors: dict[str, dict[str, Tensor]] = {}
+    cut = manifest.get("cut", False)
     for file, expected in files.items():
         whole = _there(path) / file
         try:
             if whole.stat().st_size != expected["bytes"] or _digest(whole) != expected["sha256"]:
                 raise Damaged(path, f"checkpoint file {whole} is damaged (size or checksum differs)")
-            tensors[whole.stem] = load_file(whole)
+            if not cut:
+                tensors[whole.stem] = load_file(whole)
         except (OSError, SafetensorError) as error:
             raise Damaged(path, f"checkpoint file {whole} cannot be read ({error})") from None
-    return Checkpoint(path, tensors, _plain(manifest))
+    if cut and not parts:
+        tensors = _put_together(_there(path))
+    return Checkpoint(path, tensors, _plain(manifest), cut)
 
 
-def load_latest(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
+def _put_together(path: Path) -> dict[str, dict[str, Tensor]]:
+    """All of a checkpoint that is cut, in this process."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    small = load_file(path / SMALL)
+    metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    state: dict[str, Any] = {}
+    for name, each in metadata.items():
+        if name not in small and isinstance(each, TensorStorageMetadata):
+            state[name] = torch.empty(each.size, dtype=each.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process alone
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    return grouped(state | small)
+
+
+def grouped(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by file and name, from `file/name`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in flat.items():
+        file, _, key = name.partition("/")
+        found.setdefault(file, {})[key] = value
+    return found
+
+
+def load_latest(folder: Path, parts: bool = False) -> tuple[Checkpoint | None, list[Damaged]]:
     """The newest whole checkpoint of a folder, and what is wrong with those after it, which are set aside as damaged-NAME.
 
     Raises Damaged where there are checkpoints and none is whole: the run must not begin again unasked.
@@ -155,7 +206,7 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
     wrong: list[Damaged] = []
     for name in reversed(names(folder)):
         try:
-            found = load(folder / name)
+            found = load(folder / name, parts)
         except Damaged as error:
             wrong.append(error)
             continue

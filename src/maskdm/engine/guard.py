@@ -72,6 +72,9 @@ class Sentry:
 
 def healthy(*states: Mapping[str, Tensor] | list[Tensor]) -> bool:
     """Whether every value of these weights is a number. Waits for the device."""
-    tensors = [t for state in states for t in (state.values() if isinstance(state, Mapping) else state) if t.is_floating_point()]
+    tensors = [t for state in states for t in (state.values() if isinstance(state, Mapping) else state) if t.numel()]
+    tensors = [t for t in tensors if t.is_floating_point()]
+    if not tensors:  # a process may have no part of a small network
+        return True
     norms: Any = torch._foreach_norm(tensors, float("inf"))  # pyright: ignore[reportPrivateUsage] - as torch's own clipping does
     return bool(torch.stack(list(norms)).isfinite().all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -9,12 +10,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from maskdm.config import Hardware
 from maskdm.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Machine:
     device: torch.device
     name: str
     cores: int
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     flops: float
     """A cautious guess at the arithmetic per second that training reaches; the same on every machine of a kind."""
 
@@ -88,7 +91,7 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def matrix_ceiling(device: torch.device, precision: Literal["fp32", "bf16", "fp16"]) -> float:
+def matrix_ceiling(device: torch.device, precision: Precision) -> float:
     """FLOP/s of square matrix products in a precision, measured: what the share of the machine's ceiling (MFU) is taken of."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     size, products = (1024, 1) if device.type == "cpu" else (8192, 8)
@@ -105,6 +108,17 @@ def matrix_ceiling(device: torch.device, precision: Literal["fp32", "bf16", "fp1
         synchronize(device)
         best = min(best, (time.perf_counter() - started) / products)
     return 2.0 * size**3 / best
+
+
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """Half-precision arithmetic around fp32 weights, where asked for."""
+    match precision:
+        case "fp32":
+            return contextlib.nullcontext()
+        case "bf16":
+            return torch.autocast(device.type, torch.bfloat16)
+        case "fp16":
+            return torch.autocast(device.type, torch.float16)
 
 
 def synchronize(device: torch.device) -> None:

@@ -48,3 +48,8 @@ def _left_in_container() -> int:
     with contextlib.suppress(OSError, ValueError):
         return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
     return 1 << 62
+
+
+def more_pieces(batch: int, pieces: int) -> int:
+    """Where memory ran out for a batch in so many pieces: at least twice as many, of equal size."""
+    return next(count for count in range(2 * pieces, batch + 1) if batch % count == 0) if 2 * pieces <= batch else batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,18 +13,60 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from maskdm.config import Ema, Optimizer, Stage
+from maskdm.engine.muon import Muon
 from maskdm.engine.posthoc import gamma_of, kept_share
+from maskdm.engine.sharding import like
 from maskdm.models import Denoiser
 
 
-def make_optimizer(model: Denoiser, settings: Optimizer, lr: float) -> torch.optim.AdamW:
-    """AdamW, decaying matrices only: no norms, biases, embeddings or position tables."""
-    undecayed = model.undecayed()
-    decay = [p for name, p in model.named_parameters() if p.ndim >= 2 and name not in undecayed]
-    rest = [p for name, p in model.named_parameters() if p.ndim < 2 or name in undecayed]
-    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+class Together:
+    """Optimizers of different weights, as one. `factor` of a group: its learning rate relative to the stage's."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        self.fused = all(part.defaults.get("fused", False) for part in parts)
+        self.found_inf: Tensor | None = None
+        """1 where a step shall change nothing; read on the device by kernels that are `fused`."""
+        for part in parts:
+            part.state = self.state
+
+    def step(self) -> None:
+        """Change the weights by their gradients."""
+        for part in self.parts:
+            if self.found_inf is not None:
+                part.found_inf = self.found_inf  # pyright: ignore[reportAttributeAccessIssue] - as torch's scaler tells it
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def set_rate(self, lr: float) -> None:
+        """The learning rate of the next step."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["factor"]
+
+
+def make_optimizer(model: Denoiser, settings: Optimizer, lr: float) -> Together:
+    """AdamW, decaying matrices only: no norms, biases, embeddings or position tables. With Muon for the matrices of the blocks or without.
+
+    Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), then by `muon`.
+    """
+    undecayed, muon = model.undecayed(), model.hidden_matrices() if settings.name == "muon" else set[str]()
+    named = [(name, p) for name, p in model.named_parameters() if name not in muon]
+    decay = [p for name, p in named if p.ndim >= 2 and name not in undecayed]
+    rest = [p for name, p in named if p.ndim < 2 or name in undecayed]
+    kept = {"weight_decay": settings.weight_decay, "factor": 1.0}
+    groups = [{"params": decay} | kept, {"params": rest, "weight_decay": 0.0, "factor": 1.0}]
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=settings.betas, fused=fused)
+    if not muon:
+        return Together(adamw)
+    matrices = {"params": [p for name, p in model.named_parameters() if name in muon]} | kept | {"factor": settings.muon}
+    return Together(adamw, Muon([matrices], lr))
 
 
 def learning_rate(stage: Stage, step: int, progress: float) -> float:
@@ -45,7 +88,6 @@ class Average:
     def __init__(self, model: Denoiser, settings: Ema) -> None:
         self.settings = settings
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self._average = list(self.model.parameters())
 
     def decay(self, step: int) -> float:
         """Share of the average kept at a stage's step, counted from 0."""
@@ -55,7 +97,7 @@ class Average:
     def update(self, model: Denoiser, step: int) -> None:
         """Move the average towards `model`, after a stage's step."""
         update = get_ema_multi_avg_fn(self.decay(step))
-        update(self._average, list(model.parameters()), torch.tensor(step))  # pyright: ignore[reportArgumentType]
+        update(list(self.model.parameters()), list(model.parameters()), torch.tensor(step))  # pyright: ignore[reportArgumentType]
 
     def restart(self, model: Denoiser) -> None:
         """Make the average equal to `model`."""
@@ -103,5 +145,5 @@ class PowerAverages:
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Continue from a saved state of the same averages."""
         for name, mine in self.tensors().items():
-            mine.copy_(tensors[name])
+            mine.copy_(like(tensors[name], mine))
         self.time, self.began = int(numbers["time"]), int(numbers["began"])

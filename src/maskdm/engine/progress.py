@@ -115,6 +115,7 @@ class Verdict:
     number: int
     position: int
     stage: Stage
+    done: StageProgress
 
     def on_its_way(self) -> Verdict:
         """Its figures on the host as soon as the device has them: nobody waits."""

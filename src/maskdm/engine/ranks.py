@@ -7,6 +7,7 @@ what they are at may take, ends every other one, by name. So work of unequal len
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -29,6 +30,11 @@ T = TypeVar("T")
 
 PULSE, SILENCE = 2.0, 20.0
 """Seconds between signs of life, and without one after which a process is taken for dead."""
+
+HANGS = "nothing moves any more"
+
+OVER = "over"
+"""What a process is at that has done its part."""
 
 STEP, LONG = 45.0, 6 * 3600.0
 """Seconds that a training step may take, and that work may take which is said to be long."""
@@ -126,7 +132,7 @@ class Pulse(threading.Thread):
 
     def __init__(self, store: dist.Store, rank: int, world: int) -> None:
         super().__init__(name="maskdm-pulse", daemon=True)
-        self._store, self._mine = store, store.clone()
+        self._store, self._mine = store, store.clone()  # pyright: ignore - all stores have it
         self.rank, self.world = rank, world
         self._count = self._waits = 0
         self._at: tuple[str, float, float] = ("starting", time.monotonic(), LONG)
@@ -148,14 +154,17 @@ class Pulse(threading.Thread):
         self.mark(before[0], before[2])
 
     def run(self) -> None:
-        """Say and look, until the process ends."""
+        """Say and look, until the process ends. The first looks after all, each other one after the one before it."""
+        watched = list(range(self.world)) if self.rank == 0 else [self.rank - 1]
         seen: dict[int, tuple[str, float]] = {}
-        while True:
+        while self._at[0] != OVER:
             try:
                 self._say()
-                states = {rank: self._read(rank) for rank in range(self.world)}
+                states = self._read(watched)
             except RuntimeError:  # the store went with the process, or the machine, that kept it
-                self._end("the process that keeps the others together is gone")
+                if self._at[0] != OVER:
+                    self._end("the process that keeps the others together is gone")
+                return
             now = time.monotonic()
             for rank, state in states.items():
                 if state != seen.get(rank, ("", 0.0))[0]:
@@ -168,32 +177,41 @@ class Pulse(threading.Thread):
         age = time.monotonic() - since
         self._mine.set(f"pulse/{self.rank}", f"{time.monotonic()}|{age:.1f}|{limit}|{self._count}|{platform.node()}|{what}")
 
-    def _read(self, rank: int) -> str:
-        key = f"pulse/{rank}"
-        return self._mine.get(key).decode() if self._mine.check([key]) else ""
+    def _read(self, ranks: list[int]) -> dict[int, str]:
+        if self._mine.check(["end"]):
+            self._end(self._mine.get("end").decode())
+        there = [rank for rank in ranks if self._mine.check([f"pulse/{rank}"])]
+        states = [self._mine.get(f"pulse/{rank}").decode() for rank in there]
+        return dict.fromkeys(ranks, "") | dict(zip(there, states, strict=True))
 
     def _judge(self, seen: dict[int, tuple[str, float]], now: float) -> None:
-        """End this process where another is dead, or where none has moved for as long as it may."""
+        """End all processes where one is dead, or where none has moved for as long as it may."""
         parts = {rank: state.split("|", 5) for rank, (state, _) in seen.items() if state}
-        over = {rank for rank, part in parts.items() if part[5] == "over"}
         for rank, (state, since) in seen.items():
-            if now - since > SILENCE and rank not in over:
+            if now - since > SILENCE and not (state and parts[rank][5] == OVER):
                 where = f" on {parts[rank][4]}" if state else ", which never came up,"
                 self._end(f"process {rank}{where} has given no sign of life for {now - since:.0f} s: it was killed, or its machine is gone")
         if len(parts) < self.world or any(float(part[1]) <= float(part[2]) for part in parts.values()):
             return
         moving = {rank: part for rank, part in parts.items() if not part[5].startswith("waiting")} or parts
-        rank, part = min(moving.items(), key=lambda item: int(item[1][3]))
-        if all(float(each[1]) > STEP for each in moving.values()):
-            self._end(f"process {rank} on {part[4]} has not moved for {float(part[1]):.0f} s ({part[5]}): it hangs")
+        if all(float(part[1]) > STEP for part in moving.values()):
+            named = ", ".join(f"process {rank} on {part[4]} for {float(part[1]):.0f} s ({part[5]})" for rank, part in moving.items())
+            self._end(f"{HANGS}: {named}")
 
     def over(self) -> None:
         """Say that what this process does is done: the others must not take its end for a death."""
-        self.mark("over", LONG)
+        self.mark(OVER, LONG)
         self._say()
 
     def _end(self, reason: str) -> None:
+        """Tell all why, and end."""
+        with suppress(RuntimeError):
+            self._mine.set("end", reason)
         print(f"maskdm: error: {reason}; the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
+        if reason.startswith(HANGS):  # whose stack does not end in a collective is the one the others wait for
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+        if self.rank == 0:  # the store goes with the first: leave the others time to read why
+            time.sleep(2 * PULSE)
         os._exit(1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ class Snapshot:
     sigma_rel: tuple[float, ...]
 
 
-def save(folder: Path, averages: PowerAverages, step: int, stage_step: int) -> Path:
-    """Write the averages into a stage's folder."""
+def save(folder: Path, averages: PowerAverages, step: int, stage_step: int, whole: Mapping[str, Tensor] | None = None) -> Path:
+    """Write the averages into a stage's folder. whole: their tensors, where they are cut over processes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08}.safetensors"
     partial = folder / f".{path.name}.partial"
     about = Snapshot(step, stage_step, averages.began, averages.time, averages.sigma_rel)
-    tensors = {name: value.to(torch.float16).contiguous().cpu() for name, value in averages.tensors().items()}
+    tensors = {name: value.to(torch.float16).contiguous().cpu() for name, value in (whole or averages.tensors()).items()}
     save_tensors(tensors, partial, {"snapshot": json.dumps(asdict(about))})
     os.replace(partial, path)
     sync(folder)

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from maskdm.arithmetic import cost_ratio
 from maskdm.config import Budget, Stage
 from maskdm.engine.progress import StageProgress
-from maskdm.engine.trainer import Trainer, cost_ratio
+from maskdm.engine.trainer import Trainer
 
 MARKS = (0.2, 0.4, 0.6, 0.8)
 """Shares of the stage's budget spent on masked steps at which it is probed."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -20,12 +21,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from maskdm.arithmetic import flops
-from maskdm.config import Budget, Config, Mask, Stage
+from maskdm.arithmetic import cost_ratio
+from maskdm.config import Budget, Config, Stage
 from maskdm.data import Feed, Loader
 from maskdm.draws import derive, draw_step
+from maskdm.engine import sharding
 from maskdm.engine.guard import Sentry, healthy
-from maskdm.engine.hardware import out_of_memory, synchronize
+from maskdm.engine.hardware import Precision, autocast, out_of_memory, synchronize
+from maskdm.engine.memory import more_pieces
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
 from maskdm.engine.progress import Progress, Skipped, StageProgress, Step, Verdict
 from maskdm.engine.ranks import Ranks, pieces_of
@@ -33,8 +36,6 @@ from maskdm.errors import UserError
 from maskdm.masking import num_sequences
 from maskdm.models import Denoiser
 from maskdm.objective import masked_denoising_loss
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Trainer:
@@ -50,14 +51,21 @@ class Trainer:
         self.feed = Feed(loader, device)
         self.precision: Precision = precision
         self.model = model
-        self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
+        self.cut = config.hardware.shard and self.ranks.world > 1
+        if not self.cut:
+            self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
+        self.average = Average(self.model, config.ema)
+        if self.cut:
+            for each in (self.model, self.average.model):
+                sharding.cut(each, self.ranks, device, bf16=precision == "bf16")
+        self.saver = sharding.Saver(self.ranks) if self.cut else None
         self.model.train()
         self.model.recompute(config.hardware.checkpoint_activations)
         self.network: Any = torch.compile(self.model, dynamic=False) if config.hardware.compile else self.model
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 and not self.cut:
             seldom = config.model.fuse > 0 or config.model.mask_token  # layers that not every mask needs
-            self.network = DistributedDataParallel(self.network, broadcast_buffers=False, find_unused_parameters=seldom)
-        self.average = Average(self.model, config.ema)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer torch has another word for it
+                self.network = DistributedDataParallel(self.network, broadcast_buffers=False, find_unused_parameters=seldom)
         self.powers = PowerAverages(self.model, config.ema.sigma_rel if config.ema.snapshots else ())
         self.optimizer = make_optimizer(self.model, config.optimizer, config.stages[0].lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -90,13 +98,15 @@ class Trainer:
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
         """Continue from a state that `tensors` and `numbers` returned."""
-        self.model.load_state_dict(tensors["model"])
-        self.average.model.load_state_dict(tensors["average"])
+        for model, file in ((self.model, "model"), (self.average.model, "average")):
+            mine = model.state_dict()
+            model.load_state_dict({name: sharding.like(value, mine[name]) for name, value in tensors[file].items()})
         parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.config.stages[0].lr)
         for key, value in tensors["optimizer"].items():
             kind, _, name = key.partition("/")
-            self.optimizer.state[parameters[name]][kind] = value.to(self.device)
+            of_weights = value.shape == parameters[name].shape and kind != "step"
+            self.optimizer.state[parameters[name]][kind] = sharding.like(value, parameters[name]) if of_weights else value.to(self.device)
         progress: dict[str, Any] = dict(numbers["progress"])
         progress["stages"] = [StageProgress(**stage) for stage in progress["stages"]]
         progress["stages"] += [StageProgress() for _ in self.config.stages[len(progress["stages"]) :]]
@@ -144,11 +154,13 @@ class Trainer:
     @property
     def unsound(self) -> bool:
         """Whether so many steps in a row were bad that going on is of no use."""
-        return self.bad_in_a_row >= self.config.guard.patience
+        return self.bad_in_a_row >= self.config.guard.in_a_row
 
     def healthy(self) -> bool:
         """Whether the weights and their averages are numbers. Waits for the device."""
-        return healthy(self.model.state_dict(), self.average.model.state_dict(), self.powers.tensors())
+        states = (self.model.state_dict(), self.average.model.state_dict(), self.powers.tensors())
+        fine = healthy(*([sharding.part(value) for value in state.values()] for state in states))
+        return self.ranks.total(torch.tensor(float(not fine), device=self.device)).item() == 0
 
     def rehearse(self) -> None:
         """Run a step of every stage that is left and forget it: what the first steps of a process cost beside is then paid."""
@@ -217,24 +229,25 @@ class Trainer:
         started = time.perf_counter()
         number = self.progress.step
         lr = learning_rate(stage, done.steps, done.course(budget))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_rate(lr)
         self.ranks.mark(f"step {number + 1}")
         loss, told = self._tell(self._gradients(stage, done, number))
         with record_function("maskdm: optimizer"):
-            self.scaler.unscale_(self.optimizer)
+            for part in self.optimizer.parts:
+                self.scaler.unscale_(part)
             limit = self.config.optimizer.clip
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+            grad_norm = sharding.whole({"norm": grad_norm})["norm"]
             scale = self.scaler.get_scale()
             bad = self.sentry.judge(loss, grad_norm, overflows=self.scaler.is_enabled())
-            self._apply(bad)
+            self._apply(bad, grad_norm)
             self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
         with record_function("maskdm: average"):
             if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the averages must not count it
                 self.average.update(self.model, done.steps)
                 self.powers.update(self.model)
-        self._stay_near(Verdict(bad, loss, grad_norm, told, number, self.progress.images, stage))
+        self._stay_near(Verdict(bad, loss, grad_norm, told, number, self.progress.images, stage, done))
         done.steps += 1
         done.images += stage.batch
         self.progress.step += 1
@@ -281,13 +294,14 @@ class Trainer:
         shared = self.ranks.total(torch.cat([loss[None], mine.to(self.device, non_blocking=True)]))
         return shared[0], shared[1:]
 
-    def _apply(self, bad: Tensor) -> None:
+    def _apply(self, bad: Tensor, grad_norm: Tensor) -> None:
         """The optimizer's step, which leaves everything as it is where `bad`: told so on the device where its kernel can be."""
-        if self.scaler.is_enabled() or not self.optimizer.defaults["fused"]:  # both read from the device here in any case
-            if not bad:
-                self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled() or not self.optimizer.fused:  # the first reads from the device in any case
+            if not bad and grad_norm.isfinite():  # fp16 may overflow in the weights of one part alone
+                for part in self.optimizer.parts:
+                    self.scaler.step(part)
         else:
-            self.optimizer.found_inf = bad.float()  # pyright: ignore[reportAttributeAccessIssue] - as torch's scaler tells it
+            self.optimizer.found_inf = sharding.everywhere(bad.float(), next(self.model.parameters()))
             self.optimizer.step()
 
     def _stay_near(self, verdict: Verdict) -> None:
@@ -312,7 +326,7 @@ class Trainer:
         if verdict.told is not None:
             stopping, seconds = verdict.told.tolist()
             self.stopping = self.stopping or stopping > 0
-            next(d for s, d in zip(self.config.stages, self.progress.stages, strict=True) if s is verdict.stage).seconds += seconds
+            verdict.done.seconds += seconds
         if not verdict.bad:
             self.bad_in_a_row = 0
             return
@@ -340,14 +354,26 @@ class Trainer:
             except RuntimeError as error:  # of several processes the others would wait for this one's gradients
                 if not out_of_memory(error) or done.pieces >= stage.batch or self.ranks.world > 1:
                     raise
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             done.pieces = more_pieces(stage.batch, done.pieces)
 
-    def _unshared(self) -> contextlib.AbstractContextManager[Any]:
-        """Gradients are summed over processes with the last piece of a batch."""
-        return self.network.no_sync() if self.ranks.world > 1 else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _unshared(self) -> Generator[None]:
+        """Gradients are summed over processes with the last piece of a batch alone."""
+        if self.cut:
+            self.model.set_requires_gradient_sync(False)  # pyright: ignore - of FSDPModule, which `cut` has made it
+            yield
+            self.model.set_requires_gradient_sync(True)  # pyright: ignore
+        else:
+            with self.network.no_sync() if self.ranks.world > 1 else contextlib.nullcontext():
+                yield
+
+    def template(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of all names that a state may have, cut as this one's."""
+        moments: dict[str, Tensor] = {f"{key}/{name}": p for name, p in self.model.named_parameters() for key in ("exp_avg", "exp_avg_sq")}
+        return self.tensors() | {"optimizer": moments}
 
     def _backward(self, stage: Stage, number: int, first: int, count: int) -> Tensor:
         """Add the gradients of a piece of the batch; returns its share of the loss."""
@@ -368,24 +394,3 @@ class Trainer:
             total = loss.total * (count / stage.batch)
             self.scaler.scale(total * self.ranks.world).backward()  # torch divides by the number of processes
         return total.detach()
-
-
-def cost_ratio(config: Config, mask: Mask, other: Mask) -> float:
-    """Arithmetic of an image under a mask over that under another."""
-    return flops(config, mask, 1) / flops(config, other, 1)
-
-
-def more_pieces(batch: int, pieces: int) -> int:
-    """At least twice as many pieces, of equal size."""
-    return next(count for count in range(2 * pieces, batch + 1) if batch % count == 0) if 2 * pieces <= batch else batch
-
-
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """Half-precision arithmetic around fp32 weights, where asked for."""
-    match precision:
-        case "fp32":
-            return contextlib.nullcontext()
-        case "bf16":
-            return torch.autocast(device.type, torch.bfloat16)
-        case "fp16":
-            return torch.autocast(device.type, torch.float16)

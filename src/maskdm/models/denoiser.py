@@ -155,6 +155,16 @@ class Denoiser(ModelMixin, ConfigMixin):
         """Names of the embeddings and position tables, which weight decay leaves alone; norms and biases are known by shape."""
         return {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
 
+    def hidden_matrices(self) -> set[str]:
+        """Names of the matrices from one hidden state to another: the blocks' linear layers, but for what scales and shifts by the time."""
+        return {
+            f"{blocks}.{name}.weight"
+            for blocks, modules in self.named_modules()
+            if isinstance(modules, nn.ModuleList)
+            for name, module in modules.named_modules()
+            if isinstance(module, nn.Linear) and "modulation" not in name
+        }
+
     def _run(self, block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *inputs)

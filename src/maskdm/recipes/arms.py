@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from maskdm.config import (
     BlockMask,
@@ -30,7 +30,7 @@ from maskdm.settings import to_plain
 AUTO = 0.8
 """Of the budget, for a masked stage that ends by evidence (`@auto`), at most."""
 
-SHARE = 0.5
+SHARE = 0.25
 """Of the budget, for a masked stage that names none."""
 
 HIDDEN = {"block": 0.9, "defer": 0.75, "sprint": 0.75}
@@ -64,6 +64,8 @@ class Arm:
     model: Model
     init: str | None = None
     """Run whose weights to start from; {seed} in it stands for the seed."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """In place of the base's."""
     network: Network | None = None
     """In place of the one that `model` describes, of which the patches are then all that counts."""
 
@@ -74,7 +76,8 @@ class Arm:
             for stage, share in zip(self.stages, self.shares, strict=True)
         )
         init = None if self.init is None else self.init.replace("{seed}", str(seed))
-        return replace(base, model=self.model, stages=stages, seed=seed, init=init)
+        optimizer = base.optimizer if self.optimizer is None else replace(base.optimizer, name=self.optimizer)
+        return replace(base, model=self.model, stages=stages, optimizer=optimizer, seed=seed, init=init)
 
     def describe(self) -> str:
         """Its stages in words."""
@@ -82,13 +85,14 @@ class Arm:
             f"{stage.name.partition('-')[2]} for {'at most ' if stage.budget.auto else ''}{share:.0%}, batch {stage.batch}, lr {stage.lr:g}"
             for stage, share in zip(self.stages, self.shares, strict=True)
         ]
-        return "; ".join(words) + (f"; from {self.init}" if self.init else "") + (f"; {self.network.note}" if self.network else "")
+        more = (self.optimizer, f"from {self.init}" if self.init else None, self.network and self.network.note)
+        return "; ".join((*words, *(each for each in more if each)))
 
     def record(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         stages = [{"share": share} | to_plain(stage) for stage, share in zip(self.stages, self.shares, strict=True)]
         network = {"model": to_plain(self.model)} if self.network is None else {"network": dict(self.network.record)}
-        return {"stages": stages, **network, "init": self.init}
+        return {"stages": stages, **network, "init": self.init, "optimizer": self.optimizer}
 
 
 def parse_arm(text: str, base: Config) -> Arm:
@@ -96,15 +100,21 @@ def parse_arm(text: str, base: Config) -> Arm:
 
     Every stage has the learning rate and warm-up of the base's first masked stage (of the first, where none is), so that no arm gains by a
     rate that falls; masked ones have its batch too, whole ones that of its last whole stage. Rates are constant, so that an arm is
-    comparable at any time; /decay=cosine for another course. /init=RUN, at the end, starts from a run's weights.
+    comparable at any time; /decay=cosine for another course. After the stages /optimizer=muon is for all of them, and /init=RUN, last,
+    starts from a run's weights.
     """
     text, _, init = text.partition("/init=")
+    text, _, optimizer = text.partition("/optimizer=")
+    if optimizer not in ("", "adamw", "muon"):
+        raise UserError(f"--arms '{text}/optimizer={optimizer}': optimizer is '{optimizer}'; give adamw or muon, after the arm's stages")
     name, named, spec = text.partition("=") if "=" in text.split("/")[0] else (text, "", text)
     if init and not named:
         raise UserError(f"--arms '{text}/init={init}': give an arm that starts from a run a name, as in pretrained={text}/init={init}")
     good = bool(name) and all(c.isalnum() or c in "-_.+@/=" for c in name)
     if not good or (named and not all(c.isalnum() or c in "-_" for c in name)):
         raise UserError(f"--arms '{text}': name an arm with letters, digits, - and _")
+    if optimizer and not named:
+        name = f"{text}/optimizer={optimizer}"
     shares: list[float] = []
     stages: list[Stage] = []
     for part in spec.split("+"):
@@ -120,7 +130,14 @@ def parse_arm(text: str, base: Config) -> Arm:
         whole, _ = _stage(text, "whole", base)
         stages.append(replace(whole, name=f"{len(stages) + 1}-whole"))
         shares.append(left)
-    arm = Arm(name, tuple(shares), tuple(stages), _model(base, [part.partition("-")[0] for part in spec.split("+")]), init or None)
+    arm = Arm(
+        name,
+        tuple(shares),
+        tuple(stages),
+        _model(base, [part.partition("-")[0] for part in spec.split("+")]),
+        init or None,
+        optimizer or None,
+    )
     arm.config(base, base.seed, lambda stage, share: Budget(minutes=share)).check()
     return arm
 

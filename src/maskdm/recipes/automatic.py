@@ -8,6 +8,12 @@ from math import floor, log10
 from maskdm.config import Budget, Config, Data, Diffusion, DiTConfig, Intervals, Model, Optimizer, PatchMask, Sampling, Stage, UViTConfig
 
 CPU_MINUTES, GPU_MINUTES = 30.0, 240.0
+TOKENS = 2048
+"""In a step on whole images on a CPU: fewer fill it worse, and more images a step teach no more (docs/experiments.md)."""
+
+MASKED = 0.25
+"""Share of the time for the masked stage: what it teaches saturates (docs/experiments.md)."""
+
 SIZES = (8, 16, 24, 28, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -52,7 +58,7 @@ def choose(facts: Facts, image_size: tuple[int, int] | None = None, init: Config
         model=model,
         stages=stages,
         diffusion=Diffusion(target="v", stratified=True) if init is None else init.diffusion,
-        optimizer=Optimizer(betas=(0.9, 0.99)),
+        optimizer=Optimizer(name="muon" if facts.on_cpu else "adamw", betas=(0.9, 0.99)),
         intervals=Intervals(),
         seed=init.seed if init else 0,  # so that images held out there stay so here
         sampling=Sampling(num=min(64, max(16, 4 * facts.num_classes))),
@@ -78,11 +84,11 @@ def _side(facts: Facts) -> tuple[int, str]:
 
 def _model(facts: Facts, size: tuple[int, int]) -> tuple[Model, str]:
     side = min(size)
-    patch = 2 if side < 32 else 4 if side < 256 or facts.on_cpu else 8
+    patch = 2 if side < 32 or (side < 48 and facts.on_cpu) else 4 if side < 256 or facts.on_cpu else 8
     while patch > 2 and any(s % patch for s in size):
         patch //= 2
     if facts.on_cpu:
-        width, depth, heads = (128, 7, 4) if side < 16 else (192, 9, 6)
+        width, depth, heads = (128, 7, 4) if side < 16 else (128, 8, 4) if side < 48 else (192, 9, 6)
     else:
         width, depth, heads = (512, 12, 8) if side <= 64 else (768, 12, 12)
     why = f"the DiT learns faster than the paper's U-ViT here (docs/experiments.md); sized for {'a CPU' if facts.on_cpu else 'a GPU'}"
@@ -91,15 +97,15 @@ def _model(facts: Facts, size: tuple[int, int]) -> tuple[Model, str]:
 
 def _stages(facts: Facts, model: Model, tokens: int, fine_tune: bool) -> tuple[tuple[Stage, ...], tuple[str, ...]]:
     minutes = CPU_MINUTES if facts.on_cpu else GPU_MINUTES
-    batch = 128 if facts.on_cpu else 256
-    lr = 1e-3 if model.width < 192 else 5e-4 if model.width < 512 else 2e-4
-    whole = Stage("finetune", Budget(images=1), batch=batch // 2, lr=lr * 0.6, warmup=200, decay="cosine")
+    batch = max(16, 2 * TOKENS // tokens) if facts.on_cpu else 256
+    lr = 1.5e-3 if model.width < 192 else 1e-3 if model.width < 512 else 2e-4
+    whole = Stage("finetune", Budget(images=1), batch=batch // 2, lr=lr if facts.on_cpu else lr * 0.6, warmup=200, decay="cosine")
     if fine_tune:
         budget, text = _budget(facts, model, tokens, 0.0, minutes * 60)
         return (replace(whole, budget=budget, lr=lr * 0.3, start_from="ema"),), (f"one stage on whole images, {text}",)
-    ratio = 0.75 if tokens >= 1024 else 0.5
-    masked, text = _budget(facts, model, tokens, ratio, minutes * 60 * 0.6)
-    rest, text_rest = _budget(facts, model, tokens, 0.0, minutes * 60 * 0.4)
+    ratio = 0.75 if tokens >= 256 else 0.5
+    masked, text = _budget(facts, model, tokens, ratio, minutes * 60 * MASKED)
+    rest, text_rest = _budget(facts, model, tokens, 0.0, minutes * 60 * (1 - MASKED))
     stages = (Stage("pretrain", masked, PatchMask(ratio), batch=batch, lr=lr, warmup=200), replace(whole, budget=rest))
     return stages, (
         f"stage 1, masked: {ratio:.0%} of {tokens} patches hidden, {text}",

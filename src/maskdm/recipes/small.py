@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 from maskdm.config import Budget, Config, Data, Diffusion, DiTConfig, Ema, Intervals, Optimizer, PatchMask, Sampling, Stage
 
-SMALL = DiTConfig(width=192, depth=9, heads=6, patch=4)
+SMALL = DiTConfig(width=128, depth=8, heads=4, patch=2)
+"""256 tokens of 32 px: on two cores ahead of a wider network on fewer tokens, and of larger batches (docs/experiments.md)."""
+
+MEDIUM = DiTConfig(width=192, depth=9, heads=6, patch=4)
+"""256 tokens of 64 px."""
+
+MUON = Optimizer(name="muon", betas=(0.9, 0.99))
 
 
 def digits(source: str) -> Config:
@@ -33,10 +39,10 @@ def emoji(source: str) -> Config:
         model=SMALL,
         diffusion=Diffusion(schedule="cosine", target="v", stratified=True),
         stages=(
-            Stage("pretrain", Budget(images=400_000), PatchMask(0.5), batch=128, lr=5e-4, warmup=100),
-            Stage("finetune", Budget(images=200_000), batch=64, lr=3e-4, warmup=100, decay="cosine"),
+            Stage("pretrain", Budget(images=80_000), PatchMask(0.75), batch=16, lr=1.5e-3, warmup=50),
+            Stage("finetune", Budget(images=70_000), batch=8, lr=1.5e-3, warmup=50, decay="cosine"),
         ),
-        optimizer=Optimizer(betas=(0.9, 0.99)),
+        optimizer=MUON,
     )
 
 
@@ -47,10 +53,10 @@ def cifar10(source: str) -> Config:
         model=SMALL,
         diffusion=Diffusion(schedule="cosine", target="v", stratified=True),
         stages=(
-            Stage("pretrain", Budget(images=1_000_000), PatchMask(0.5), batch=128, lr=5e-4, warmup=200),
-            Stage("finetune", Budget(images=400_000), batch=64, lr=3e-4, warmup=200, decay="cosine"),
+            Stage("pretrain", Budget(images=100_000), PatchMask(0.75), batch=16, lr=1.5e-3, warmup=50),
+            Stage("finetune", Budget(images=160_000), batch=8, lr=1.5e-3, warmup=50, decay="cosine"),
         ),
-        optimizer=Optimizer(betas=(0.9, 0.99)),
+        optimizer=MUON,
     )
 
 
@@ -58,13 +64,13 @@ def flowers(source: str) -> Config:
     """Oxford Flowers 102 at 64 x 64, 102 classes, on two cores: `maskdm train flowers102.parquet --recipe flowers --out runs/flowers`."""
     return Config(
         data=Data(source=source, image_size=(64, 64), conditional=True, heldout=0.05, flip=0.5),
-        model=SMALL,
+        model=MEDIUM,
         diffusion=Diffusion(schedule="cosine", target="v", stratified=True),
         stages=(
-            Stage("pretrain", Budget(images=400_000), PatchMask(0.5), batch=128, lr=5e-4, warmup=200),
-            Stage("finetune", Budget(images=160_000), batch=64, lr=3e-4, warmup=200, decay="cosine"),
+            Stage("pretrain", Budget(images=160_000), PatchMask(0.75), batch=16, lr=1e-3, warmup=50),
+            Stage("finetune", Budget(images=200_000), batch=8, lr=1e-3, warmup=50, decay="cosine"),
         ),
-        optimizer=Optimizer(betas=(0.9, 0.99)),
+        optimizer=MUON,
     )
 
 
@@ -91,10 +97,10 @@ def transfer_pretrain(source: str) -> Config:
     """
     return Config(
         data=Data(source=source, image_size=(64, 64), heldout=0.02),
-        model=SMALL,
+        model=MEDIUM,
         diffusion=Diffusion(schedule="cosine", target="v", stratified=True),
-        stages=(Stage("pretrain", Budget(images=500_000), PatchMask(0.5), batch=128, lr=5e-4, warmup=200),),
-        optimizer=Optimizer(betas=(0.9, 0.99)),
+        stages=(Stage("pretrain", Budget(images=250_000), PatchMask(0.75), batch=16, lr=1e-3, warmup=50),),
+        optimizer=MUON,
     )
 
 
@@ -102,14 +108,14 @@ def transfer(source: str) -> Config:
     """Fine-tuning on a small folder, whole images at a low rate from the averaged weights; network and noise are those of --init.
 
     `maskdm train ./few --recipe transfer --init runs/many --out runs/few`, with --image-size where that run has another than 64.
-    Without --init the same from scratch, to compare with (at --lr 5e-4 or so).
+    Without --init the same from scratch, to compare with (at --lr 1e-3 or so).
     """
     return Config(
         data=Data(source=source, image_size=(64, 64), heldout=0.1),
-        model=SMALL,
+        model=MEDIUM,
         diffusion=Diffusion(schedule="cosine", target="v", stratified=True),
-        stages=(Stage("finetune", Budget(images=100_000), batch=32, lr=1e-4, warmup=200, decay="cosine", start_from="ema"),),
-        optimizer=Optimizer(betas=(0.9, 0.99)),
+        stages=(Stage("finetune", Budget(images=25_000), batch=8, lr=3e-4, warmup=50, decay="cosine", start_from="ema"),),
+        optimizer=MUON,
         intervals=Intervals(evaluate=250, sample=500, save=250),
     )
 

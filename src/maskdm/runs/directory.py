@@ -137,16 +137,20 @@ class RunDirectory:
         try:
             write()
         except OSError as error:
-            if self.say is None or not of_storage(error):
-                raise
-            if what not in self._failing:
-                self._failing.add(what)
-                self.say(f"cannot write {what} ({error.strerror}): the run goes on, and what was saved before stands")
+            self.failed(what, error)
             return False
         if what in self._failing and self.say is not None:
             self._failing.remove(what)
             self.say(f"{what}: can be written again")
         return True
+
+    def failed(self, what: str, error: OSError) -> None:
+        """Say that something could not be written, or raise the error where the run does not go on."""
+        if self.say is None or not of_storage(error):
+            raise error
+        if what not in self._failing:
+            self._failing.add(what)
+            self.say(f"cannot write {what} ({error.strerror}): the run goes on, and what was saved before stands")
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Append a line to metrics.jsonl; lines that the disk refuses wait for the next."""

@@ -15,15 +15,16 @@ from maskdm.arithmetic import flops, tokens_per_image
 from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
 from maskdm.draws import ROWS, derive
-from maskdm.engine import Step, Switch, Trainer, autocast, checkpoint, matrix_ceiling, peak_memory, reset_peak_memory, snapshots
+from maskdm.engine import Step, Switch, Trainer, autocast, checkpoint, matrix_ceiling, peak_memory, reset_peak_memory, sharding, snapshots
 from maskdm.masking import draw, num_sequences
+from maskdm.models import build
 from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
 from maskdm.runs.plan import stage_records
 from maskdm.runs.sample import draw_images
-from maskdm.runs.store import make_pipeline, save_checkpoint, save_pipeline
+from maskdm.runs.store import checkpoint_name, checkpoint_numbers, load_state, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
 from maskdm.sampling import seeded
 from maskdm.settings import to_plain, to_yaml
@@ -68,7 +69,7 @@ class Observer:
         run.say = note
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
-        self.ranks = trainer.ranks
+        self.ranks, self.network = trainer.ranks, trainer.average.model
         self.trackers = Trackers(
             config.tracking if run.writes else (), run.path, trainer.progress.step, to_plain(config), self._tracker_failed
         )
@@ -126,7 +127,10 @@ class Observer:
         self._ends = step.stage.name if ends else None
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
             self.trackers.scalars(self.watch.evaluate(step), step.number)
-            self.trackers.histograms(lambda: network_histograms(self.trainer.model, self.trainer.optimizer), step.number)
+            self.trackers.histograms(
+                lambda: network_histograms(self.trainer.model, self.trainer.optimizer.param_groups, self.trainer.optimizer.state),
+                step.number,
+            )
             if not ends and self.watch.gives_up(step):
                 self.trainer.end_stage()
                 ends, self._ends = True, step.stage.name
@@ -161,7 +165,8 @@ class Observer:
 
     def go_back(self, reason: str) -> None:
         """Take up the last checkpoint again, with other images and other noise from there on. Raises Diverged where that has not helped."""
-        saved, _ = self.ranks.after_first(lambda: checkpoint.load_latest(self.run.checkpoints))
+        self._finish_save(now=True)
+        saved = load_state(self.trainer, self.run)[0]
         before, advice = self.trainer.progress, "try a lower lr, or fp32"
         if saved is None:
             raise Diverged(f"{reason}; no checkpoint was written yet; {advice}")
@@ -208,12 +213,14 @@ class Observer:
         self._snapshots = self._due(step.share)
         if self.trainer.powers.time:  # 0 where fp16 has skipped every step so far
             folder = self.run.snapshots / step.stage.name
-            self.run.attempt("snapshots", lambda: snapshots.save(folder, self.trainer.powers, step.number, step.stage_step))
+            powers, all_of_it = self.trainer.powers, sharding.whole(self.trainer.powers.tensors())
+            self.run.attempt("snapshots", lambda: snapshots.save(folder, powers, step.number, step.stage_step, all_of_it))
 
     def _stage_seconds(self) -> float:
         return self.trainer.progress.stages[self.trainer.progress.stage].seconds
 
     def _log(self, step: Step, bar: TrainingBar) -> None:
+        self._finish_save(now=False)
         losses, count, grad_norm = self._sums.tolist()
         if count == 0:  # every step since the last line was skipped, which has been said
             return
@@ -247,7 +254,7 @@ class Observer:
         if not self.trainer.healthy():
             raise Unsound(f"weights are no numbers after step {self.trainer.progress.step}")
         with self.ranks.at("saving", SAVING):
-            saved = self.run.attempt("a checkpoint", self._save)
+            saved = self.run.attempt("a checkpoint", self._save) if self.trainer.saver is None else self._save_parts(self.trainer.saver)
         if saved:
             self._saved = self.trainer.progress.step
             self.run.attempt(self.run.run_file.name, lambda: update_info(self.run, self.trainer, "running", None))
@@ -256,13 +263,37 @@ class Observer:
         self.run.sync_log()
         save_checkpoint(self.run, self.trainer, self.meter(), self._ends)
 
+    def _save_parts(self, saver: sharding.Saver) -> bool:
+        """Begin a checkpoint that all processes write while training goes on; the one before it is there first."""
+        self._finish_save(now=True)
+        if self.run.writes:
+            self.run.sync_log()
+        saver.begin(
+            self.run.checkpoints,
+            checkpoint_name(self.trainer, self._ends),
+            self.trainer.tensors(),
+            checkpoint_numbers(self.trainer, self.meter()),
+        )
+        return True
+
+    def _finish_save(self, now: bool) -> None:
+        """Put a checkpoint in its place that all have written."""
+        if self.trainer.saver is None:
+            return
+        try:
+            if self.trainer.saver.finish(now) and self.run.writes:
+                checkpoint.rotate(self.run.checkpoints, self.config.intervals.keep)
+        except OSError as error:
+            self.run.failed("a checkpoint", error)
+
     def save_last(self) -> None:
         """Write what could not be written so far, and a checkpoint, if there is none of this step. Raises OSError."""
         self.run.say = None
         if self.run.writes:
             self.run.flush()
-        if self.run.writes and self._saved != self.trainer.progress.step:
-            self._save()
+        if self._saved != self.trainer.progress.step:
+            self.save()
+        self._finish_save(now=True)
 
     def _tracker_failed(self, name: str, error: str) -> None:
         self.run.log("tracker", self.trainer.progress.step, name=name, error=error, state="dropped")
@@ -286,11 +317,12 @@ class Observer:
 
     def _draw(self, num: int, labels: list[int] | None) -> NDArray[np.uint8]:
         """The processes share the work, and each has all of it."""
-        pipeline, part = make_pipeline(self.trainer.average.model, self.config, self.classes), self.ranks.part(num)
-        mine = None if labels is None else [labels[i] for i in part]
+        pipeline, each = make_pipeline(self.trainer.average.model, self.config, self.classes), -(-num // self.ranks.world)
+        part = range(self.ranks.rank * each, (self.ranks.rank + 1) * each)  # as many in each: a network that is cut computes in step
+        mine = None if labels is None else [labels[min(i, num - 1)] for i in part]
         with self.ranks.at("drawing samples"):
             drawn = draw_images(pipeline, self.config.sampling, part, mine, self.config.seed, self.trainer.precision)
-            return np.concatenate(self.ranks.gather(drawn))
+            return np.concatenate(self.ranks.gather(drawn))[:num]
 
     # --- the end ---
 
@@ -298,9 +330,13 @@ class Observer:
         """Leave the model folder, pictures and the report. Raises OSError."""
         self.save_last()
         samples = self._final_samples()
+        state = sharding.whole(self.trainer.average.model.state_dict())
         if not self.run.writes:
             return
-        save_pipeline(make_pipeline(self.trainer.average.model, self.config, self.classes), self.run.model)
+        if self.trainer.cut:
+            self.network = build(self.config.model, self.config.data, len(self.classes)).eval()
+            self.network.load_state_dict(state)
+        save_pipeline(make_pipeline(self.network, self.config, self.classes), self.run.model)
         samples.save(self.run.path / "samples.png")
         self._denoising_strip().save(self.run.path / "denoising.png")
         masks = self._mask_picture()
@@ -322,7 +358,7 @@ class Observer:
 
     def _denoising_strip(self) -> Image.Image:
         """From noise to image: a row per image, the state at evenly spaced steps. Where noise is larger than the image, scaled."""
-        pipeline, steps = make_pipeline(self.trainer.average.model, self.config, self.classes), list[torch.Tensor]()
+        pipeline, steps = make_pipeline(self.network, self.config, self.classes), list[torch.Tensor]()
         labels = [i * len(self.classes) // STRIP_ROWS for i in range(STRIP_ROWS)] if self.classes else None
         settings = self.config.sampling
         with autocast(self.trainer.device, self.trainer.precision):

@@ -6,14 +6,16 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import maskdm
 from maskdm.config import Config, Hardware
-from maskdm.engine import Trainer, checkpoint, snapshots, this_machine
+from maskdm.engine import Trainer, checkpoint, sharding, snapshots, this_machine
 from maskdm.errors import UserError, nearest
 from maskdm.models import Denoiser, build
 from maskdm.runs.directory import RunDirectory, Weights
@@ -34,10 +36,27 @@ def latest_checkpoint(run: RunDirectory) -> Path | None:
     return run.checkpoints / found[-1] if found else None
 
 
-def save_checkpoint(run: RunDirectory, trainer: Trainer, meter: Mapping[str, float], ends: str | None) -> Path:
+def checkpoint_name(trainer: Trainer, ends: str | None) -> str:
+    """Of the trainer's step; `ends`: the stage that it has ended."""
+    return f"step-{trainer.progress.step:08}" + (f"-{ends}" if ends else "")
+
+
+def checkpoint_numbers(trainer: Trainer, meter: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a checkpoint."""
+    return {**trainer.numbers(), "meter": dict(meter)}
+
+
+def load_state(trainer: Trainer, run: RunDirectory) -> tuple[checkpoint.Checkpoint | None, list[checkpoint.Damaged]]:
+    """The newest whole checkpoint of a run, as `checkpoint.load_latest`; of one that is cut, for a trainer that is, its process's part."""
+    saved, wrong = trainer.ranks.after_first(lambda: checkpoint.load_latest(run.checkpoints, parts=trainer.cut))
+    if saved is not None and saved.cut and trainer.cut:
+        saved = replace(saved, tensors=sharding.read(saved.path, trainer.template()))
+    return saved, wrong
+
+
+def save_checkpoint(run: RunDirectory, trainer: Trainer, meter: Mapping[str, Any], ends: str | None) -> Path:
     """Write the trainer's state; the end of a stage under a name that is not rotated away."""
-    name = f"step-{trainer.progress.step:08}" + (f"-{ends}" if ends else "")
-    path = checkpoint.save(run.checkpoints, name, trainer.tensors(), {**trainer.numbers(), "meter": dict(meter)})
+    path = checkpoint.save(run.checkpoints, checkpoint_name(trainer, ends), trainer.tensors(), checkpoint_numbers(trainer, meter))
     checkpoint.rotate(run.checkpoints, trainer.config.intervals.keep)
     return path
 
@@ -69,10 +88,10 @@ def load_denoiser(path: Path, weights: Weights) -> tuple[Denoiser, dict[str, Ten
     return model, saved.tensors[name], f"{latest} ({words})"
 
 
-def save_best(run: RunDirectory, trainer: Trainer, measure: str, value: float) -> None:
+def save_best(run: RunDirectory, trainer: Trainer, averaged: Mapping[str, Tensor], measure: str, value: float) -> None:
     """Keep the averaged weights as the best so far."""
     numbers = {"step": trainer.progress.step, "measure": measure, "value": value}
-    checkpoint.save(run.path, run.best.name, {"average": trainer.average.model.state_dict()}, numbers)
+    checkpoint.save(run.path, run.best.name, {"average": averaged}, numbers)
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:

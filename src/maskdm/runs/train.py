@@ -30,7 +30,7 @@ from maskdm.runs.display import Display, TrainingBar
 from maskdm.runs.observe import Observer, Unsound, update_info
 from maskdm.runs.plan import plan_lines, stage_records
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
-from maskdm.runs.store import cache_directory, class_names, load_denoiser
+from maskdm.runs.store import cache_directory, class_names, load_denoiser, load_state
 from maskdm.settings import to_yaml
 
 
@@ -80,12 +80,13 @@ def _train(run: RunDirectory, resolved: Resolved, dataset: Dataset, command: str
     config = resolved.config
     classes = list(dataset.class_names) if config.data.conditional else []
     model = build(config.model, config.data, len(classes))
-    saved, wrong = ranks.after_first(lambda: checkpoint.load_latest(run.checkpoints))
-    for error in wrong:
-        display.note(f"{error.reason}: set aside as damaged-..., and the one before it used")
-    report = initialize(config, model, classes, display) if saved is None else []
+    begun = len(checkpoint.names(run.checkpoints)) > 0
+    report = [] if begun else initialize(config, model, classes, display)
     training, heldout = dataset.split(config.data.heldout, config.seed, config.data.limit)
     trainer = Trainer(config, Loader(dataset, training, config.seed), model, resolved.machine.device, resolved.machine.precision, ranks)
+    saved, wrong = load_state(trainer, run)
+    for error in wrong:
+        display.note(f"{error.reason}: set aside as damaged-..., and the one before it used")
     if saved is not None:
         trainer.restore(saved.tensors, saved.numbers)
         display.note(f"resuming from {saved.path} (step {trainer.progress.step})")

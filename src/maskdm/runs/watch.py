@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskdm.config import Config
 from maskdm.data import Dataset
-from maskdm.engine import Step, Trainer, autocast
+from maskdm.engine import Step, Trainer, autocast, sharding
 from maskdm.evaluation import DenoisingLoss, Estimate, Extractor, ImageSet, denoising_loss, kernel_distance
 from maskdm.evaluation.denoising import BATCH
 from maskdm.runs.directory import RunDirectory
@@ -85,7 +85,9 @@ class Watch:
             found |= {f"heldout/t={level['t']:.0f}": level["loss"] for level in new.levels}
         if self._judge is not None:
             drawn = self.draw(settings.samples, natural_labels(self.config, self.dataset, self.training, settings.samples))
-            distance, features = self.ranks.from_first(self._distance(drawn, self._judge) if self.ranks.first else None)
+            measured = self.ranks.from_first(self._distance(drawn, self._judge) if self.ranks.first else None)
+            assert measured is not None  # the first has it
+            distance, features = measured
             figures = {"kernel_distance": distance.value, "kernel_distance_interval": [distance.low, distance.high]}
             self.run.log("evaluate", step.number, **where, **figures, num_samples=settings.samples, features=features)
             found["evaluate/kernel_distance"] = distance.value
@@ -114,7 +116,10 @@ class Watch:
             value = math.inf  # no better than any other; a NaN would be the best there is from now on
         self._since = 0 if value < self._stage_best else self._since + 1
         self._stage_best = min(value, self._stage_best)
-        if value < self._best and self.run.attempt("the best weights", lambda: save_best(self.run, self.trainer, measure, value)):
+        if value >= self._best:
+            return
+        averaged = sharding.whole(self.trainer.average.model.state_dict())
+        if self.run.attempt("the best weights", lambda: save_best(self.run, self.trainer, averaged, measure, value)):
             self._best = value
             self.run.log("best", step.number, stage=step.stage.name, measure=measure, value=value)
 
@@ -122,7 +127,9 @@ class Watch:
         """Of an even part of the rows, in batches that the processes share."""
         some = rows[np.linspace(0, len(rows) - 1, min(MEASURED, len(rows))).astype(np.int64)]
         errors: dict[int, Tensor] = {}
-        for start in range(0, len(some), BATCH)[self.ranks.rank :: self.ranks.world]:
+        starts, world = range(0, len(some), BATCH), self.ranks.world
+        for turn in range(0, len(starts), world):  # as many in each, and some twice: a network that is cut computes in step
+            start = starts[min(turn + self.ranks.rank, len(starts) - 1)]
             pixels, labels = images_and_labels(self.config, self.dataset, some[start : start + BATCH], self.trainer.device)
             with autocast(self.trainer.device, self.trainer.precision):
                 model, diffusion = self.trainer.average.model, self.config.diffusion
