@@ -1,12 +1,39 @@
-"""A web server that drops and stalls connections."""
+"""A web server that drops and stalls connections, and shards as others write them."""
 
 from __future__ import annotations
 
+import io
+import tarfile
 import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from PIL import Image
+
+from maskdm.data import Dataset
+
+
+def files_of(folder: Path, below: str) -> dict[str, bytes]:
+    """The files of a folder, as the server takes them."""
+    return {f"{below}/{path.name}": path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def write_tars(folder: Path, dataset: Dataset, count: int) -> None:
+    """A gray data set as shards of WebDataset's layout, in its order."""
+    folder.mkdir(parents=True)
+    assert dataset.labels is not None
+    for number in range(count):
+        with tarfile.open(folder / f"train-{number:03d}.tar", "w") as tar:
+            for row in range(len(dataset) * number // count, len(dataset) * (number + 1) // count):
+                png = io.BytesIO()
+                Image.fromarray(dataset.images[row : row + 1][0, ..., 0]).save(png, "PNG")
+                for name, body in ((f"a/{row}.cls", str(dataset.labels[row]).encode()), (f"a/{row}.png", png.getvalue())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(body)
+                    tar.addfile(member, io.BytesIO(body))
 
 
 @contextmanager

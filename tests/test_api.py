@@ -9,8 +9,8 @@ import pytest
 PUBLIC = {
     "maskdm": ["DiT", "MaskDMPipeline", "UViT", "__version__"],
     "maskdm.data": [
-        "Batch", "BrokenImage", "Dataset", "Feed", "Loader", "Source", "Summary", "decode", "duplicates", "flip", "inspect",
-        "open_source", "prepare", "to_model_range", "to_uint8",
+        "Batch", "BrokenImage", "Dataset", "Feed", "Loader", "Loss", "Pixels", "ShardLoader", "Source", "Summary", "cache_directory",
+        "decode", "duplicates", "flip", "inspect", "make_loader", "open_source", "pack", "prepare", "to_model_range", "to_uint8",
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "haar", "inverse_haar", "patchify", "unpatchify"],
     "maskdm.engine": [
@@ -32,9 +32,9 @@ PUBLIC = {
     "maskdm.recipes": ["OFFERED", "RECIPES", "Choice", "choose", "recipe"],
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
-        "CompareRequest", "Display", "Diverged", "EvaluateRequest", "Interrupted", "Lost", "SampleRequest", "SweepRequest", "TrainRequest",
-        "compare", "compare_reports", "describe_data", "ema_sweep", "evaluate", "parse_lengths", "plan", "report_run", "sample_run",
-        "train",
+        "CompareRequest", "Display", "Diverged", "EvaluateRequest", "Interrupted", "Lost", "PackRequest", "SampleRequest", "SweepRequest",
+        "TrainRequest", "compare", "compare_reports", "describe_data", "ema_sweep", "evaluate", "pack_data", "parse_lengths", "plan",
+        "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

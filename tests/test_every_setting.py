@@ -130,6 +130,7 @@ CHANGES: dict[str, str] = {
 """Settings whose change must show in the data, the network, the trained weights or the samples."""
 
 ELSEWHERE = {
+    "data.shuffle",  # tests/test_shards_training.py
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
     "stages.one.budget.auto",  # tests/test_switch.py
     "optimizer.muon",  # tests/test_muon.py

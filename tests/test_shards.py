@@ -45,6 +45,18 @@ def test_a_slice_of_the_batch_reads_few_shards() -> None:
     assert len(shards) <= 64 // 4 + 1
 
 
+def test_windows_and_positions_belong_together() -> None:
+    order = lanes(start=7)
+    positions = np.arange(7, 7 + 3 * 103)
+    windows, within = order.windows_at(positions)
+    for window in set(windows):
+        mine = [i for i, each in enumerate(windows) if each == window]
+        assert np.array_equal(order.positions(window), positions[mine]) and within[mine].tolist() == list(range(len(mine)))
+        assert np.array_equal(order.images(window), [order.indices_at(int(p), 1)[0] for p in positions[mine]])
+    with pytest.raises(ValueError, match="before the stage"):
+        order.indices_at(6, 1)
+
+
 def test_lanes_divide_the_batch() -> None:
     assert [num_lanes(batch, 16) for batch in (1, 12, 17, 24, 64)] == [1, 12, 1, 12, 16]
     with pytest.raises(UserError, match="no images"):

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import io
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from shard_helpers import faulty_server
 
+from maskdm.data import remote
 from maskdm.data.lanes import Lanes
-from maskdm.data.remote import LostShard, Remote
+from maskdm.data.remote import LostShard, RangeFile, Remote
+from maskdm.errors import UserError
 
 FAST = Remote(timeout=0.1, tries=4, pause=0.001)
 COUNTS = np.array([7, 9, 4, 16], dtype=np.int64)
@@ -39,6 +43,34 @@ def test_every_record_comes_once_over_a_faulty_server_with_two_kills(ranks: int)
                         start = int(image - firsts[shard]) * SIZE
                         seen.append(int(np.frombuffer(FAST.read(f"{address}/{shard}", start, SIZE), "<i8")[0]))
     assert sorted(seen) == list(range(36))
+
+
+def test_a_server_that_trickles_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "SLOWEST", 10**9)
+    with faulty_server({"/a": bytes(1 << 20)}, stall=0.05) as (address, _):
+        slow = Remote(timeout=1.0, tries=1000, pause=0.1, patience=0.1)
+        began = time.monotonic()
+        with pytest.raises(LostShard, match="not read within 0 s"):
+            slow.read(f"{address}/a", 0, 1 << 20)
+        assert time.monotonic() - began < 5
+
+
+def test_sizes_names_and_files_in_pieces(tmp_path: Path) -> None:
+    body = np.random.default_rng(0).bytes(100_000)
+    with faulty_server({"/a": body}, stall=0.2) as (address, _):
+        assert FAST.size(f"{address}/a") == 100_000 and FAST.read_all(f"{address}/a") == body
+        with io.BufferedReader(RangeFile(FAST, f"{address}/a", 100_000), 4096) as file:
+            assert file.seek(-10, io.SEEK_END) == 99_990 and file.read() == body[-10:]
+            file.seek(5000)
+            assert file.read(20) == body[5000:5020] and file.tell() == 5020
+        with pytest.raises(LostShard, match="404"):
+            FAST.size(f"{address}/b")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a").write_bytes(b"12345")
+    assert FAST.names(str(tmp_path)) == FAST.names("file://" + str(tmp_path)) == ["x/a"]
+    assert FAST.size("file://" + str(tmp_path / "x" / "a")) == FAST.size(str(tmp_path / "x" / "a")) == 5
+    with pytest.raises(UserError, match="no-such-thing"):
+        FAST.size("no-such-thing://a")
 
 
 def test_a_missing_or_damaged_shard_is_named(tmp_path: Path) -> None:

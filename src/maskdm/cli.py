@@ -8,7 +8,7 @@ import io
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, assert_never
 
@@ -16,12 +16,14 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from maskdm import __version__
+from maskdm.cli_pack import Pack, write
+from maskdm.command_line import OPTIONS, TRAIN_OPTIONS, CommandLine, split_settings
 from maskdm.config import GuideName, SchedulerName
 from maskdm.errors import UserError, of_storage
 from maskdm.recipes import OFFERED
 
 Data = Annotated[
-    Positional[str], arg(metavar="DATA", help="folder of images, parquet file, data set folder, .npz/.npy array, or digits / emoji")
+    Positional[str], arg(metavar="DATA", help="folder of images, shards or their URL, table, .npz/.npy array, or digits / emoji")
 ]
 WeightsName = Literal["raw", "ema", "best"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
@@ -182,49 +184,14 @@ Verb = (
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[DataVerb, subcommand("data")]
+    | Annotated[Pack, subcommand("pack")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[EmaSweep, subcommand("ema-sweep")]
     | Annotated[Report, subcommand("report")]
 )
 
-TRAIN_OPTIONS = ("--out", "--recipe", "--config")
-OPTIONS = {
-    "train": (),
-    "plan": ("--price-per-hour", "--price_per_hour"),
-    "compare": ("--budget", "--arms", "--seeds", "--features", "--num"),
-}
-"""Verbs that take the settings of a run, and the options that each has beside TRAIN_OPTIONS."""
-
-TRAIN_FLAGS = ("--dry-run", "--no-dry-run", "--fork", "--no-fork", "--help", "-h")
-
-
-@dataclass
-class CommandLine:
-    """The arguments, with the settings of a run taken out: those are checked against the configuration, not by tyro."""
-
-    rest: list[str] = field(default_factory=list[str])
-    settings: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
-
-
-def split_settings(arguments: list[str], options: tuple[str, ...] = TRAIN_OPTIONS) -> CommandLine:
-    """Separate `--any.setting value`, `--any.setting=value` and bare `--switch` / `--no-switch` from train's own options."""
-    line, waiting = CommandLine(), list(arguments)
-    while waiting:
-        word = waiting.pop(0)
-        name, has_value, value = word.partition("=")
-        if not word.startswith("--") or name.replace("_", "-") in TRAIN_FLAGS:
-            line.rest.append(word)
-        elif name in options:
-            line.rest.extend([word] if has_value or not waiting else [word, waiting.pop(0)])
-        elif has_value:
-            line.settings.append((name[2:], value))
-        elif waiting and not waiting[0].startswith("--"):
-            line.settings.append((word[2:], waiting.pop(0)))
-        else:
-            off = word.startswith("--no-")
-            line.settings.append((word[5:] if off else word[2:], "false" if off else "true"))
-    return line
+AnyVerb = Train | Plan | Compare | DataVerb | Pack | Sample | Evaluate | EmaSweep | Report
 
 
 def main() -> None:
@@ -273,7 +240,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parse(arguments: list[str]) -> Train | Plan | Compare | DataVerb | Sample | Evaluate | EmaSweep | Report | int:
+def _parse(arguments: list[str]) -> AnyVerb | int:
     """The verb, or an exit code after --help. Raises UserError: tyro's boxed message, as one line."""
     printed = io.StringIO()
     try:
@@ -304,9 +271,7 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
-def _perform(
-    verb: Train | Plan | Compare | DataVerb | Sample | Evaluate | EmaSweep | Report, settings: list[tuple[str, str]], arguments: list[str]
-) -> int:
+def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str]) -> int:
     import logging
     import warnings
 
@@ -329,6 +294,8 @@ def _perform(
             return _compare(verb, settings)
         case DataVerb():
             print(runs.describe_data(verb.data, verb.image_size, runs.Display()))
+        case Pack():
+            print(write(verb))
         case Sample():
             request = runs.SampleRequest(**vars(verb))
             paths = runs.sample_run(request, runs.Display())

@@ -1,134 +1,181 @@
-"""Tar shards in the layout of WebDataset: prepared images written to them, and read back by number."""
+"""Tar shards that others wrote, in the layout of WebDataset: read through once, for an index."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import os
 import tarfile
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from filelock import FileLock
 from PIL import Image
 
-from maskdm.data.dataset import Dataset
-from maskdm.data.remote import LostShard, Remote
+from maskdm.config import Data
+from maskdm.data.cache import cache_directory, put
+from maskdm.data.decode import BrokenImage, decode, open_image, orientation_swaps
+from maskdm.data.index import INDEX, RECORD, About, Index, Records, Shard, hash_of, read_index, write_index
+from maskdm.data.remote import LostShard, RangeFile, Remote
+from maskdm.data.source import class_labels
+from maskdm.data.threads import readers
 from maskdm.errors import UserError
 
-INDEX = "index.json"
-PARTIAL = "index.partial.json"
+IMAGES = frozenset({"avif", "bmp", "gif", "jpeg", "jpg", "png", "ppm", "pgm", "tif", "tiff", "webp"})
+
+BUFFER = 4 << 20
+LOOKED_AT = 16
+"""Images of a shard whose size and colour are looked at."""
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A tar file: its name, size in bytes, SHA-256, and where each image's bytes lie in it (offset, length)."""
+class Scanned:
+    """What is known of a shard: its record, its images', their classes in words, and of some of them (height, width, gray)."""
 
-    name: str
-    size: int
-    sha256: str
-    images: list[list[int]]
-
-
-@dataclass(frozen=True)
-class Index:
-    """What `pack` wrote. `content` is the hash of the pixels of the data set it came from."""
-
-    content: str
-    shard_images: int
-    class_names: list[str]
-    shards: list[Shard]
-
-    @property
-    def counts(self) -> NDArray[np.int64]:
-        """Images in each shard."""
-        return np.array([len(shard.images) for shard in self.shards], dtype=np.int64)
+    shard: Shard
+    records: Records
+    classes: list[str | None]
+    looks: list[tuple[int, int, bool]]
 
 
-def read_index(path: Path) -> Index:
-    """The index of a folder of shards. Raises UserError where it is missing or damaged."""
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        return Index(found["content"], found["shard_images"], found["class_names"], [Shard(**each) for each in found["shards"]])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as an index of shards ({error}); write the shards again with a new folder") from error
+def index_of(base: str, names: Sequence[str], remote: Remote, note: Callable[[str], None] | None = None) -> Index:
+    """The index of tar files below a folder or URL, made by reading all of them through, once, and kept in the cache.
 
-
-def pack(dataset: Dataset, folder: Path, shard_images: int) -> Index:
-    """Write the images to tar shards and an index. A second call goes on where the first was stopped. Raises UserError for other data."""
-    if shard_images < 1:
-        raise UserError(f"{shard_images} images a shard are too few; give 1 or more")
+    Reading goes on where it was stopped. A shard that cannot be read is left out and named in `lost`. Raises UserError where none can.
+    """
+    key = hashlib.sha256(json.dumps([base, list(names)]).encode()).hexdigest()[:32]
+    folder = cache_directory() / f"tars-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    done: list[Shard] = []
-    for path in (folder / INDEX, folder / PARTIAL):
-        if path.exists():
-            index = read_index(path)
-            if (index.content, index.shard_images) != (dataset.content_hash, shard_images):
-                raise UserError(f"{folder} holds shards of other images or of another size; give another folder")
-            done = index.shards
-            break
-    kept = {shard.name: shard for shard in done if _is_whole(folder / shard.name, shard.size)}
-    shards: list[Shard] = []
-    for number, first in enumerate(range(0, len(dataset), shard_images)):
-        name = f"{number:06d}.tar"
-        rows = range(first, min(first + shard_images, len(dataset)))
-        shards.append(kept[name] if name in kept else _write_shard(dataset, rows, folder / name))
-        index = Index(dataset.content_hash, shard_images, list(dataset.class_names), shards)
-        if name not in kept:
-            _replace(folder / PARTIAL, json.dumps(asdict(index)).encode())
-    index = Index(dataset.content_hash, shard_images, list(dataset.class_names), shards)
-    _replace(folder / INDEX, json.dumps(asdict(index)).encode())
-    (folder / PARTIAL).unlink(missing_ok=True)
-    return index
+    with FileLock(folder / "lock"):
+        sizes = _sizes(base, names, remote)
+        known = folder / "sizes.json"
+        if (folder / INDEX).is_file() and json.loads(known.read_bytes()) != sizes:
+            (folder / INDEX).unlink()  # the shards have changed since
+        if not (folder / INDEX).is_file():
+            _scan_all(folder, base, names, sizes, remote, note)
+            put(known, json.dumps(sizes).encode())
+    return read_index(str(folder), remote, base)
 
 
-def _is_whole(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def _sizes(base: str, names: Sequence[str], remote: Remote) -> dict[str, int | str]:
+    """The size of each shard, or why it is not known."""
+
+    def size(name: str) -> int | str:
+        try:
+            return remote.size(f"{base}/{name}")
+        except LostShard as error:
+            return str(error)
+
+    futures = [readers().submit(partial(size, name)) for name in names]
+    return {name: future.result() for name, future in zip(names, futures, strict=True)}
 
 
-def _write_shard(dataset: Dataset, rows: range, path: Path) -> Shard:
-    buffer = io.BytesIO()
-    images: list[list[int]] = []
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for row in rows:
-            pixels, png = dataset.images[row], io.BytesIO()
-            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(png, "PNG")
-            body = png.getvalue()
-            images.append([buffer.tell() + tarfile.BLOCKSIZE, len(body)])
-            _add(tar, f"{row:09d}.png", body)
-            if dataset.labels is not None:
-                _add(tar, f"{row:09d}.cls", str(int(dataset.labels[row])).encode())
-            _add(tar, f"{row:09d}.json", json.dumps({"name": dataset.name_of(row)}).encode())
-    body = buffer.getvalue()
-    _replace(path, body)
-    return Shard(path.name, len(body), hashlib.sha256(body).hexdigest(), images)
+def _scan_all(
+    folder: Path, base: str, names: Sequence[str], sizes: dict[str, int | str], remote: Remote, note: Callable[[str], None] | None
+) -> None:
+    def scan(number: int, name: str) -> Scanned | str:
+        size, part = sizes[name], folder / f"{number:06d}"
+        if isinstance(size, str):
+            return size
+        kept = _kept(part, name, size)
+        if kept is not None:
+            return kept
+        try:
+            found = _scan(base, name, size, remote)
+        except LostShard as error:
+            return str(error)
+        body = io.BytesIO()
+        np.save(body, found.records, allow_pickle=False)
+        put(part.with_suffix(".npy"), body.getvalue())
+        about = {"shard": asdict(found.shard), "classes": found.classes, "looks": found.looks}
+        put(part.with_suffix(".json"), json.dumps(about).encode())
+        return found
+
+    futures = [readers().submit(partial(scan, number, name)) for number, name in enumerate(names)]
+    good: list[Scanned] = []
+    lost: list[tuple[str, str]] = []
+    for number, (name, future) in enumerate(zip(names, futures, strict=True), 1):
+        found = future.result()
+        if isinstance(found, str):
+            lost.append((name, found))
+        elif found.shard.images:
+            good.append(found)
+        if note is not None:
+            note(f"read {number} of {len(names)} shards")
+    if not good:
+        why = f"{lost[0][0]}: {lost[0][1]}" if lost else f"files such as {names[0]} have none of .{', .'.join(sorted(IMAGES))}"
+        raise UserError(f"{base} has no shard with images ({why}); give a folder, a pattern or a URL of tar files in WebDataset's layout")
+    labels, class_names = class_labels([_number(each) for one in good for each in one.classes])
+    records = np.concatenate([one.records for one in good])
+    records["label"] = -1 if labels is None else labels
+    looks = [each for one in good for each in one.looks] or [(64, 64, False)]
+    height, width = (int(np.median([each[i] for each in looks])) for i in (0, 1))
+    about = About(class_names, height, width, all(each[2] for each in looks), tuple(lost), hashlib.sha256(base.encode()).hexdigest())
+    write_index(folder, [one.shard for one in good], records, about)
+    for part in folder.glob("[0-9]*.*"):
+        part.unlink()
 
 
-def _add(tar: tarfile.TarFile, name: str, body: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(body)
-    tar.addfile(member, io.BytesIO(body))
+def _number(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() and len(text) < 10 else text
 
 
-def _replace(path: Path, body: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def read_image(remote: Remote, folder: str, shard: Shard, row: int) -> NDArray[np.uint8]:
-    """Pixels [height, width, channels] of an image of a shard. Raises LostShard where its bytes are missing or not an image."""
-    address = f"{folder}/{shard.name}"
-    body = remote.read(address, *shard.images[row])
+def _kept(part: Path, name: str, size: int) -> Scanned | None:
+    """What an earlier call, which was stopped, has found of a shard."""
     try:
-        pixels = np.asarray(Image.open(io.BytesIO(body), formats=("PNG",)))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise LostShard(f"{address}: image {row} is damaged") from error
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+        known: Any = json.loads(part.with_suffix(".json").read_bytes())
+        shard = Shard(**known["shard"])
+        records, looks = np.load(part.with_suffix(".npy")), [(a, b, c) for a, b, c in known["looks"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Scanned(shard, records, known["classes"], looks) if (shard.name, shard.size) == (name, size) else None
+
+
+def _scan(base: str, name: str, size: int, remote: Remote) -> Scanned:
+    """Read a shard through. Raises LostShard where it cannot be read, or ends before its end."""
+    found: list[tuple[int, int, int, int]] = []
+    keys: list[str] = []
+    classes: dict[str, str] = {}
+    looks: list[tuple[int, int, bool]] = []
+    file = io.BufferedReader(RangeFile(remote, f"{base}/{name}", size), BUFFER)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                folder, _, last = member.name.rpartition("/")
+                stem, _, extension = last.partition(".")
+                content = tar.extractfile(member) if member.isreg() else None
+                key = f"{folder}/{stem}"
+                if content is not None and extension.lower() in IMAGES:
+                    body = content.read()
+                    if len(body) < member.size:
+                        raise LostShard(f"{name} ends within an image; it is damaged")
+                    found.append((member.offset_data, len(body), -1, hash_of(body)))
+                    keys.append(key)
+                    looks += _look(body) if len(looks) < LOOKED_AT else []
+                elif content is not None and extension == "cls":
+                    classes[key] = content.read(100).decode("utf-8", "replace").strip()
+    except tarfile.TarError as error:
+        raise LostShard(f"{name} is no tar file, or damaged ({error})") from error
+    repeated = [key for key, times in Counter(keys).items() if times > 1]
+    if repeated:
+        raise LostShard(f"{name} has several images of one name, such as {repeated[0].lstrip('/')}: which is meant is not known")
+    return Scanned(Shard(name, size, "", len(found)), np.array(found, dtype=RECORD), [classes.get(key) for key in keys], looks)
+
+
+def _look(body: bytes) -> list[tuple[int, int, bool]]:
+    """Height, width and whether an image is gray; nothing of one that cannot be read."""
+    try:
+        image = open_image(body)
+        height, width = (image.width, image.height) if orientation_swaps(image) else (image.height, image.width)
+        gray = Image.getmodebase(image.mode) == "L"
+        if not gray:
+            pixels, _ = decode(body, Data(source="", image_size=(64, 64), channels=3, fit="stretch"))
+            gray = bool(np.ptp(pixels.astype(np.int16), axis=2).max() <= 8)
+        return [(height, width, gray)]
+    except (BrokenImage, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return []

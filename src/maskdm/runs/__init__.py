@@ -14,6 +14,7 @@ from maskdm.runs.display import Display
 from maskdm.runs.evaluate import EvaluateRequest, evaluate
 from maskdm.runs.forecast import plan
 from maskdm.runs.observe import Diverged
+from maskdm.runs.pack import PackRequest, pack_data
 from maskdm.runs.resolve import TrainRequest
 from maskdm.runs.sample import SampleRequest, sample, sampling_settings
 from maskdm.runs.store import load_pipeline
@@ -27,6 +28,7 @@ __all__ = [
     "EvaluateRequest",
     "Interrupted",
     "Lost",
+    "PackRequest",
     "SampleRequest",
     "SweepRequest",
     "TrainRequest",
@@ -35,6 +37,7 @@ __all__ = [
     "describe_data",
     "ema_sweep",
     "evaluate",
+    "pack_data",
     "parse_lengths",
     "plan",
     "report_run",

@@ -14,7 +14,7 @@ import torch
 
 from maskdm.arithmetic import flops, ideal_speedup
 from maskdm.config import Budget, Config, Ema, NoMask, Stage
-from maskdm.data import Dataset, Loader
+from maskdm.data import Dataset, make_loader
 from maskdm.engine import (
     Machine,
     Trainer,
@@ -201,7 +201,7 @@ def _trainer(config: Config, stage: Stage, dataset: Dataset, machine: Machine) -
     alone = replace(config, stages=(replace(stage, budget=Budget(steps=10**9)),), init=None)
     model = build(config.model, config.data, len(dataset.class_names) if config.data.conditional else 0)
     rows, _ = dataset.split(config.data.heldout, config.seed, config.data.limit)
-    return Trainer(alone, Loader(dataset, rows, config.seed), model, machine.device, machine.precision)
+    return Trainer(alone, make_loader(dataset, rows, config.seed), model, machine.device, machine.precision)
 
 
 def _forget(machine: Machine) -> None:

@@ -22,6 +22,7 @@ from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
+from maskdm.runs.losses import Losses
 from maskdm.runs.plan import stage_records
 from maskdm.runs.sample import draw_images
 from maskdm.runs.store import checkpoint_name, checkpoint_numbers, load_state, make_pipeline, save_checkpoint, save_pipeline
@@ -74,6 +75,7 @@ class Observer:
             config.tracking if run.writes else (), run.path, trainer.progress.step, to_plain(config), self._tracker_failed
         )
         self.trackers.text("config", to_yaml(config), trainer.progress.step)
+        self.losses = Losses(run, trainer, note)
         self.switch = Switch(trainer, self.watch.loss)
         self._sums = torch.zeros(3, device=trainer.device)  # of losses, their number, and the last gradient norm: of good steps
         self._saved = -1
@@ -145,7 +147,8 @@ class Observer:
             self.save()
 
     def _look_after(self) -> None:
-        """Say which steps were not applied. Raises Unsound where there are too many."""
+        """Say which steps were not applied, and what cannot be read. Raises Unsound where there are too many."""
+        self.losses.look()
         for each in self.trainer.skipped:
             names = [self.dataset.name_of(row) for row in each.rows]
             figures = {
@@ -253,6 +256,7 @@ class Observer:
         """Write a checkpoint. Raises Unsound where the weights are no numbers, and what was saved before stands."""
         if not self.trainer.healthy():
             raise Unsound(f"weights are no numbers after step {self.trainer.progress.step}")
+        self.losses.share()
         with self.ranks.at("saving", SAVING):
             saved = self.run.attempt("a checkpoint", self._save) if self.trainer.saver is None else self._save_parts(self.trainer.saver)
         if saved:
