@@ -7,7 +7,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -48,7 +48,9 @@ def faulty_server(files: dict[str, bytes], stall: float, ranges: bool = True) ->
             if self.path not in files:
                 return self.send_error(404)
             if number == 3:
-                return self.send_error(503)
+                with suppress(OSError):  # the reader has left
+                    self.send_error(503)
+                return None
             body, wanted = files[self.path], self.headers.get("Range")
             if ranges and wanted is not None:
                 first, last = wanted.removeprefix("bytes=").split("-")
@@ -66,7 +68,10 @@ def faulty_server(files: dict[str, bytes], stall: float, ranges: bool = True) ->
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # of several processes that read by sixteen threads each
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

@@ -32,16 +32,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
-def start(world: int, out: Path, cache: str, *more: str, code: str | None = None) -> list[subprocess.Popen[str]]:
+def start(
+    world: int, out: Path, cache: str, *more: str, code: str | None = None, command: list[str] | None = None
+) -> list[subprocess.Popen[str]]:
     """The processes of a run, as torchrun would start them; `code` runs before it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = os.environ | {"MASKDM_CACHE": cache, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     shared |= {"LOCAL_WORLD_SIZE": str(world), "GOMP_SPINCOUNT": "1000"}
-    main = (
-        f"import sys; from maskdm.cli import run_command; {code or 'pass'}\nsys.exit(run_command({[*TRAIN, '--out', str(out), *more]!r}))"
-    )
+    words = command or [*TRAIN, "--out", str(out), *more]
+    main = f"import sys; from maskdm.cli import run_command; {code or 'pass'}\nsys.exit(run_command({words!r}))"
     return [
         subprocess.Popen(
             [sys.executable, "-c", main],

@@ -24,7 +24,7 @@ SETTINGS = settings(channels=1, conditional=True)
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shards, "REMOTE", Remote(timeout=0.2, tries=5, pause=0.001))
+    monkeypatch.setattr(shards, "REMOTE", Remote(timeout=2.0, tries=20, pause=0.001))
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
 
 

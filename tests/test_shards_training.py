@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shards, "REMOTE", Remote(timeout=0.2, tries=5, pause=0.001))
+    monkeypatch.setattr(shards, "REMOTE", Remote(timeout=2.0, tries=20, pause=0.001))
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
 
 
@@ -164,10 +165,11 @@ def test_too_many_losses_end_the_run_by_name(packed: Path, tmp_path: Path) -> No
     loader = ShardLoader(opened(str(folder)), np.arange(103), seed=3)
     loader.begin(0, 12, range(12))
     with pytest.raises(UserError, match=r"10 of 103 images .*000002.tar: ends before byte.*--max-broken 0.1"):
-        for step in range(9):
-            loader.batch(step * 12, 12)
+        [loader.batch(step * 12, 12) for step in range(9)]
+    with pytest.raises(UserError, match="10 of 103 images"):
+        loader.dataset.images[np.array([20, 3])]
     other = ShardLoader(opened(str(folder)), np.arange(103), seed=3)
-    with pytest.raises(UserError, match="000002.tar"):  # another process has found it
+    with pytest.raises(UserError, match=r"000002.tar"):  # another process has found it
         other.admit(loader.news())
 
 
@@ -209,8 +211,9 @@ def test_a_run_on_shards_goes_on_bit_for_bit_by_its_position(packed: Path) -> No
 
 ARGUMENTS = [
     "--model.width", "16", "--depth", "3", "--heads", "2", "--patch", "2", "--image-size", "8", "--threads", "1", "--precision", "fp32",
-    "--pretrain.budget.minutes", "none", "--finetune.budget.minutes", "none", "--pretrain.budget.steps", "4", "--finetune.budget.steps", "4",
-    "--pretrain.batch", "9", "--finetune.batch", "9", "--intervals.log", "2", "--intervals.save", "2", "--sampling.steps", "2",
+    "--pretrain.budget.minutes", "none", "--finetune.budget.minutes", "none",
+    "--pretrain.budget.steps", "4", "--finetune.budget.steps", "4", "--pretrain.batch", "9", "--finetune.batch", "9",
+    "--intervals.log", "2", "--intervals.save", "2", "--sampling.steps", "2",
     "--sampling.num", "4", "--heldout", "0.2", "--tracking", "none", "--ema.snapshots", "0",
 ]  # fmt: skip
 
@@ -234,3 +237,53 @@ def test_the_command_trains_on_a_url_and_says_what_is_lost(packed: Path, tmp_pat
     assert "nothing to do" in capsys.readouterr().out  # the same shards elsewhere are the same data
     refused = ["train", str(packed), "--out", str(tmp_path / "none"), "--shuffle", "0"]
     assert run_command(refused) == 2 and "data.shuffle is 0" in capsys.readouterr().err
+
+
+TOLD = """
+import json, os, pathlib
+from maskdm.data import ShardLoader
+batch = ShardLoader.batch
+def told(self, position, count):
+    found = batch(self, position, count)
+    with open(f"{os.environ['TOLD']}/{os.environ['RANK']}-{os.getpid()}", "a") as file:
+        file.write(json.dumps([position, found.rows.tolist()]) + chr(10))
+    return found
+ShardLoader.batch = told
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_three_processes_over_a_faulty_server_killed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image of an epoch exactly once, and the same at a position whenever it is computed."""
+    told, out = tmp_path / "told", tmp_path / "run"
+    told.mkdir()
+    monkeypatch.setenv("TOLD", str(told))
+    pack(open_source(str(write_digits(tmp_path / "digits", 300))), SETTINGS, tmp_path / "out", 30)
+    (tmp_path / "tell.py").write_text(TOLD)
+    changes = ["--shuffle", "90", "--heldout", "0.1", "--pretrain.budget.steps", "45", "--finetune.budget.steps", "15"]
+    with faulty_server(files_of(tmp_path / "out", "/s"), stall=0.3) as (address, requests):
+        command = ["train", f"{address}/s", "--out", str(out), *ARGUMENTS, *changes]
+
+        def begin() -> list[subprocess.Popen[str]]:
+            return start(3, out, str(tmp_path / "cache"), code=f"exec(open({str(tmp_path / 'tell.py')!r}).read())", command=command)
+
+        for step in (8, 22):
+            processes = begin()
+            wait_for(out, step, processes)
+            for process in processes:
+                process.kill()
+            finish(processes)
+        ended = finish(begin(), timeout=600)
+        assert all(code == 0 for code, _, _ in ended), ended
+        assert len(requests) > 100
+    assert len({*told.iterdir()}) == 9 and [line["step"] for line in events(out, "resume")]
+    at: dict[int, list[int]] = {}
+    for file in told.iterdir():
+        for position, rows in map(json.loads, file.read_text().splitlines()):
+            assert at.setdefault(position, rows) == rows
+    training, _ = opened(str(tmp_path / "out")).split(0.1, 0)
+    assert len(training) == 270 and sorted(at) == list(range(0, 60 * 9, 3))
+    for first, last in ((0, 270), (270, 540)):  # an epoch; and what the second stage, of the same batch, begins afresh, after half of one
+        rows = [row for position in range(first, last, 3) for row in at[position]]
+        assert sorted(rows) == training.tolist() if first == 0 else len({*rows[:135]}) == len({*rows[135:]}) == 135

@@ -89,6 +89,7 @@ class Reader:
     def _read(self, rows: NDArray[np.int64]) -> dict[int, bytes]:
         shard = int(self.index.shard_of(rows[:1])[0])
         if shard in self._lost:
+            self.check()
             return {}
         records = self.index.records[rows]
         first, last = int(records["offset"][0]), int(records["offset"][-1] + records["length"][-1])
@@ -147,11 +148,16 @@ class Reader:
                 known[key] = loss
                 if tell:
                     self._news.append(loss)
-            shards, images = list(self._lost.values()), [each for each in self._broken.values() if each.shard not in self._lost]
-        count, total = sum(each.images for each in (*shards, *images)), len(self.index)
-        if count > self.settings.max_broken * total + 1e-6:
-            refuse(self.index.base, [(each.name, each.reason) for each in (*shards, *images)], count, total)
+        self.check()
         return new
+
+    def check(self) -> None:
+        """Raise UserError where more is lost than may be: whoever found it may not have been listened to."""
+        with self._lock:
+            found = [*self._lost.values(), *(each for each in self._broken.values() if each.shard not in self._lost)]
+        count, total = sum(each.images for each in found), len(self.index)
+        if count > self.settings.max_broken * total + 1e-6:
+            refuse(self.index.base, [(each.name, each.reason) for each in found], count, total)
 
 
 def refuse(name: str, lost: Sequence[tuple[str, str]], count: int, total: int) -> None:

@@ -86,6 +86,7 @@ class ShardLoader(Loader):
             if window not in self._windows:
                 self._windows[window] = self._fetch(window)
         rows = self.indices_at(position, count).tolist()
+        self.reader.check()
         bodies: dict[int, bytes] = {}
         for row, window in zip(rows, windows, strict=True):
             body = self._windows[window][1].result().get(row)
