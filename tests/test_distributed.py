@@ -69,8 +69,8 @@ def lines(out: Path, event: str = "train") -> list[dict[str, Any]]:
     return [line for line in found if line["event"] == event]
 
 
-def wait_for(out: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
-    end = time.monotonic() + 90
+def wait_for(out: Path, step: int, processes: list[subprocess.Popen[str]], limit: float = 90) -> None:
+    end = time.monotonic() + limit
     while time.monotonic() < end:
         if (out / "metrics.jsonl").is_file() and any(line["step"] >= step for line in lines(out)):
             return

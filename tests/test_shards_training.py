@@ -13,6 +13,7 @@ import pytest
 import torch
 from data_helpers import settings, write_digits
 from shard_helpers import faulty_server, files_of
+from test_distributed import finish, start, wait_for
 
 from maskdm.cli import run_command
 from maskdm.config import Budget, Config, Data, PatchMask, Stage, UViTConfig
@@ -270,7 +271,7 @@ def test_three_processes_over_a_faulty_server_killed_twice(tmp_path: Path, monke
 
         for step in (8, 22):
             processes = begin()
-            wait_for(out, step, processes)
+            wait_for(out, step, processes, limit=400)
             for process in processes:
                 process.kill()
             finish(processes)
