@@ -9,8 +9,8 @@ import pytest
 PUBLIC = {
     "maskdm": ["DiT", "MaskDMPipeline", "UViT", "__version__"],
     "maskdm.data": [
-        "Batch", "BrokenImage", "Dataset", "Feed", "Latents", "Loader", "Source", "Summary", "decode", "duplicates", "flip", "inspect",
-        "open_source", "prepare", "to_model_range", "to_uint8",
+        "Batch", "BrokenImage", "Dataset", "Feed", "Latents", "Loader", "Loss", "Pixels", "ShardLoader", "Source", "Summary",
+        "cache_directory", "decode", "duplicates", "flip", "inspect", "make_loader", "open_source", "pack", "prepare", "to_model_range", "to_uint8",
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "encode", "haar", "inverse_haar", "open_autoencoder",
         "patchify", "unpatchify",
@@ -35,10 +35,10 @@ PUBLIC = {
     "maskdm.recipes": ["OFFERED", "RECIPES", "Choice", "choose", "recipe"],
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
-        "CompareRequest", "Display", "DistilRequest", "Diverged", "EvaluateRequest", "ExportRequest", "Interrupted", "Lost", "PushRequest",
-        "SampleRequest", "SweepRequest", "TrainRequest",
-        "compare", "compare_reports", "describe_data", "distil_run", "ema_sweep", "evaluate", "export", "parse_formats", "parse_lengths",
-        "plan", "push", "report_run", "sample_run", "train",
+        "CompareRequest", "Display", "DistilRequest", "Diverged", "EvaluateRequest", "ExportRequest", "Interrupted", "Lost", "PackRequest",
+        "PushRequest", "SampleRequest", "SweepRequest", "TrainRequest",
+        "compare", "compare_reports", "describe_data", "distil_run", "ema_sweep", "evaluate", "export", "pack_data", "parse_formats",
+        "parse_lengths", "plan", "push", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

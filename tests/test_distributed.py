@@ -72,8 +72,8 @@ def lines(out: Path, event: str = "train") -> list[dict[str, Any]]:
     return [line for line in found if line["event"] == event]
 
 
-def wait_for(out: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
-    end = time.monotonic() + 90
+def wait_for(out: Path, step: int, processes: list[subprocess.Popen[str]], limit: float = 90) -> None:
+    end = time.monotonic() + limit
     while time.monotonic() < end:
         if (out / "metrics.jsonl").is_file() and any(line["step"] >= step for line in lines(out)):
             return
@@ -107,6 +107,7 @@ def test_several_processes_train_as_one_does(world: int, alone: Path, tmp_path: 
     assert (out / "samples.png").is_file() and (out / "model").is_dir()
 
 
+@pytest.mark.slow
 def test_several_processes_share_samples_and_their_measurement(alone: Path, tmp_path: Path, cache: str) -> None:
     measured = []
     for world in (1, 3):

@@ -131,6 +131,7 @@ CHANGES: dict[str, str] = {
 """Settings whose change must show in the data, the network, the trained weights or the samples."""
 
 ELSEWHERE = {
+    "data.shuffle",  # tests/test_shards_training.py
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
     "model.dial", "model.shortcuts",  # tests/test_distillation.py, with the settings of lessons
     "lora.rank", "lora.scale",  # tests/test_lora.py

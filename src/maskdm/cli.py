@@ -17,14 +17,14 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from maskdm import __version__
-from maskdm.cli_export import Export, Push, give
+from maskdm.cli_export import Export, Pack, Push, give
 from maskdm.command_line import OPTIONS, TRAIN_OPTIONS, CommandLine, split_settings
 from maskdm.config import GuideName, SchedulerName
 from maskdm.errors import UserError, of_storage
 from maskdm.recipes import OFFERED
 
 Data = Annotated[
-    Positional[str], arg(metavar="DATA", help="folder of images, parquet file, data set folder, .npz/.npy array, or digits / emoji")
+    Positional[str], arg(metavar="DATA", help="folder of images, shards or their URL, table, .npz/.npy array, or digits / emoji")
 ]
 WeightsName = Literal["raw", "ema", "best"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
@@ -209,6 +209,7 @@ Verb = (
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Distil, subcommand("distil")]
     | Annotated[DataVerb, subcommand("data")]
+    | Annotated[Pack, subcommand("pack")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[EmaSweep, subcommand("ema-sweep")]
@@ -217,7 +218,7 @@ Verb = (
     | Annotated[Push, subcommand("push")]
 )
 
-AnyVerb = Train | Plan | Compare | Distil | DataVerb | Sample | Evaluate | EmaSweep | Report | Export | Push
+AnyVerb = Train | Plan | Compare | Distil | DataVerb | Pack | Sample | Evaluate | EmaSweep | Report | Export | Push
 
 
 def main() -> None:
@@ -342,7 +343,7 @@ def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str
             print(runs.ema_sweep(sweep, runs.Display()))
         case Report():
             print(_report(verb))
-        case Export() | Push():
+        case Export() | Pack() | Push():
             print(give(verb))
         case _ as unreachable:
             assert_never(unreachable)

@@ -1,4 +1,4 @@
-"""The verbs that give a model away: `maskdm export` and `maskdm push`."""
+"""The verbs that write for elsewhere: `maskdm export` and `push` a model, `maskdm pack` images."""
 
 from __future__ import annotations
 
@@ -36,14 +36,37 @@ class Push:
     licence: Annotated[str, arg(help=f"of a run: {LICENCE}")] = "unknown"
 
 
-def give(verb: Export | Push) -> str:
+@dataclass
+class Pack:
+    """Write images, prepared, as tar shards with an index, from which runs read where they lie: for data larger than a machine.
+
+    The same command again goes on where it was stopped. `maskdm train OUT`, or the URL of a copy of OUT, trains on them.
+    """
+
+    data: Annotated[
+        Positional[str],
+        arg(metavar="DATA", help="anything that train takes; also URLs and patterns of tar or parquet files (hf://..., {000..099}.tar)"),
+    ]
+    out: Annotated[Path, arg(help="folder for the shards")]
+    image_size: Annotated[str | None, arg(help="height and width in pixels: 64, or 64x96; chosen from the data if left out")] = None
+    channels: Annotated[Literal[1, 3] | None, arg(help="1 for gray, 3 for RGB; chosen from the data if left out")] = None
+    fit: Annotated[Literal["crop", "pad", "stretch"], arg(help="how an image of another shape is fitted")] = "crop"
+    background: Annotated[str, arg(help="colour laid under transparent images and around padded ones, as #rrggbb")] = "#ffffff"
+    max_broken: Annotated[float, arg(help="share of unreadable files that is left out; above it there is no index")] = 0.05
+    shard_images: Annotated[int, arg(help="images of a shard")] = 1000
+
+
+def give(verb: Export | Push | Pack) -> str:
     """Do it; returns what to print. Raises UserError."""
     from maskdm import runs
 
-    formats = runs.parse_formats(verb.format)
     match verb:
+        case Pack():
+            return runs.pack_data(runs.PackRequest(**vars(verb)), runs.Display())
         case Export():
+            formats = runs.parse_formats(verb.format)
             request = runs.ExportRequest(verb.run, verb.out, formats, verb.licence, verb.name, verb.weights, verb.ema)
             return runs.export(request, runs.Display())
         case Push():
+            formats = runs.parse_formats(verb.format)
             return runs.push(runs.PushRequest(verb.source, verb.to, verb.public, verb.licence, formats), runs.Display())

@@ -12,7 +12,7 @@ from maskdm.config.check import require
 class Data:
     """Where the images come from and how each becomes an array of height x width x channels."""
 
-    source: Annotated[str, "folder, parquet file, data set folder, .npz/.npy array, or a built-in name (digits, emoji)"]
+    source: Annotated[str, "folder, shards or URL of shards, table, data set folder, array, or a built-in name (digits, emoji)"]
     image_size: Annotated[tuple[int, int], "height and width in pixels: 64, or 64x96"]
     channels: Annotated[Literal[1, 3], "1 for gray, 3 for RGB"] = 3
     conditional: Annotated[bool, "learn the classes, where the data has them"] = False
@@ -27,6 +27,7 @@ class Data:
     latent_channels: Annotated[int, "channels of a latent; read from the autoencoder"] = 0
     latent_mean: Annotated[tuple[float, ...], "mean of each channel of the latents; measured on the training images"] = ()
     latent_std: Annotated[tuple[float, ...], "standard deviation of each; measured"] = ()
+    shuffle: Annotated[int, "images of shards mixed with each other; twice as many are held in memory, by all processes together"] = 4096
 
     def __post_init__(self) -> None:
         height, width = self.image_size
@@ -36,6 +37,7 @@ class Data:
         require(0 <= self.heldout <= 0.5, f"data.heldout is {self.heldout}; give a share from 0 to 0.5")
         require(self.limit is None or self.limit >= 1, f"data.limit is {self.limit}; give at least 1, or none")
         require(0 <= self.max_broken <= 1, f"data.max_broken is {self.max_broken}; give a share from 0 to 1")
+        require(self.shuffle >= 1, f"data.shuffle is {self.shuffle}; give a number of images, such as 4096")
         digits = self.background.removeprefix("#")
         good = len(digits) == 6 and all(c in "0123456789abcdefABCDEF" for c in digits)
         require(good, f"data.background is '{self.background}'; write a colour as #rrggbb, such as #ffffff")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from maskdm.data.dataset import Dataset, duplicates
+from maskdm.data.cache import cache_directory
+from maskdm.data.dataset import Dataset, Pixels, duplicates
 from maskdm.data.decode import BrokenImage, decode
 from maskdm.data.feed import Feed
 from maskdm.data.latents import Latents
 from maskdm.data.loader import Batch, Loader, flip, to_model_range, to_uint8
+from maskdm.data.packing import pack
 from maskdm.data.prepare import prepare
+from maskdm.data.shards import Loss
 from maskdm.data.source import Source
 from maskdm.data.sources import open_source
+from maskdm.data.stream import ShardLoader, make_loader
 from maskdm.data.summary import Summary, inspect
 
 __all__ = [
@@ -19,13 +23,19 @@ __all__ = [
     "Feed",
     "Latents",
     "Loader",
+    "Loss",
+    "Pixels",
+    "ShardLoader",
     "Source",
     "Summary",
+    "cache_directory",
     "decode",
     "duplicates",
     "flip",
     "inspect",
+    "make_loader",
     "open_source",
+    "pack",
     "prepare",
     "to_model_range",
     "to_uint8",

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,11 +20,30 @@ MAX_HELDOUT = 5000
 IMAGES, LABELS, HASHES, MANIFEST, SUMMARY = "images.npy", "labels.npy", "hashes.npy", "manifest.jsonl", "summary.json"
 
 
+@runtime_checkable
+class Pixels(Protocol):
+    """Images [n, height, width, channels] in 0..255, in memory, mapped from a file, or read when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """That are kept on this machine."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: slice | NDArray[np.int64], /) -> NDArray[np.uint8]: ...
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Images that could be read, in the order of their source."""
 
-    images: NDArray[np.uint8]
+    images: Pixels
     """[n, height, width, channels], a read-only memory map."""
     labels: NDArray[np.int64] | None
     """[n], indices into `class_names`, -1 for an image without a class; None when there are no classes."""

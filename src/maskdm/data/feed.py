@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from maskdm.data.loader import Batch, Loader
@@ -27,9 +29,10 @@ class Feed:
         self._images: Tensor | None = None
         self._next: tuple[tuple[int, int], Future[Batch]] | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._stretch: tuple[int, int, list[range]] | None = None
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            if loader.dataset.latents is None and loader.dataset.images.nbytes <= RESIDENT_SHARE * free:
+            if not loader.streams and loader.dataset.latents is None and loader.dataset.images.nbytes <= RESIDENT_SHARE * free:
                 self.keep()
             else:
                 self.read_ahead()
@@ -50,10 +53,37 @@ class Feed:
 
     def reorder(self, seed: int) -> None:
         """Take the images in the order of another seed."""
+        self._forget_next()
+        self.loader.reorder(seed)
+
+    def begin(self, start: int, batch: int, pieces: list[range]) -> None:
+        """Take up the batches of a stage that began at position `start`; this process computes these pieces of each."""
+        if self._stretch != (start, batch, pieces):
+            self._forget_next()
+            self._stretch = start, batch, pieces
+            self.loader.begin(start, batch, range(pieces[0].start, pieces[-1].stop))
+
+    def rows(self, start: int, batch: int, position: int) -> NDArray[np.int64]:
+        """The rows of the whole batch at a position, in a stage that began at position `start`."""
+        self._forget_next()
+        self._stretch = None
+        self.loader.begin(start, batch, range(batch))
+        return self.loader.indices_at(position, batch)
+
+    def _forget_next(self) -> None:
         if self._next is not None:
             self._next[1].result()  # the loader serves one at a time
             self._next = None
-        self.loader.reorder(seed)
+
+    def _following(self, position: int, count: int) -> tuple[int, int]:
+        """The piece after one, in this process."""
+        if self._stretch is None:
+            return position + count, count
+        start, batch, pieces = self._stretch
+        first = (position - start) % batch
+        after = next((piece for piece in pieces if piece.start > first), None)
+        begins = position - first + (pieces[0].start + batch if after is None else after.start)
+        return begins, len(pieces[0] if after is None else after)
 
     def batch(self, position: int, count: int) -> Batch:
         """As `Loader.batch`, on the device."""
@@ -72,7 +102,8 @@ class Feed:
         key, waiting = self._next or ((-1, -1), None)
         ahead = None if waiting is None else waiting.result()  # in any case: the loader serves one at a time
         ready = ahead if ahead is not None and key == (position, count) else self._pinned(position, count)
-        self._next = (position + count, count), self._thread.submit(self._pinned, position + count, count)
+        following = self._following(position, count)
+        self._next = following, self._thread.submit(self._pinned, *following)
         return ready.to(self.device)
 
     def _sent(self, numbers: Tensor) -> Tensor:

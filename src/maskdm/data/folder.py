@@ -25,6 +25,7 @@ class Listing:
 
     images: list[tuple[str, int, int]] = field(default_factory=list)
     parquet: list[str] = field(default_factory=list)
+    tars: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     """Passed-over files by extension."""
     hidden: int = 0
@@ -60,6 +61,7 @@ def list_folder(root: Path) -> Listing:
         pending.extend(sorted(below, key=lambda item: (item[1].is_symlink(), item[0]), reverse=True))
     listing.images.sort()
     listing.parquet.sort()
+    listing.tars.sort()
     return listing
 
 
@@ -81,6 +83,8 @@ def _add_file(listing: Listing, name: str, entry: os.DirEntry[str]) -> None:
             listing.images.append((name, -1, -1))
     elif extension == ".parquet":
         listing.parquet.append(name)
+    elif extension == ".tar":
+        listing.tars.append(name)
     else:
         listing.others[extension or "no extension"] += 1
 
@@ -114,7 +118,7 @@ def open_images(location: str, root: Path, listing: Listing) -> Source:
 
 def _passed_over(listing: Listing) -> list[str]:
     notes: list[str] = []
-    others = listing.others + Counter({".parquet": len(listing.parquet)})
+    others = listing.others + Counter({".parquet": len(listing.parquet), ".tar": len(listing.tars)})
     if others.total():
         kinds = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
         notes.append(f"{others.total()} files that are no images passed over: {kinds}{', ...' if len(others) > 5 else ''}")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskdm.data.dataset import Dataset
+from maskdm.data.shards import Loss
 from maskdm.errors import UserError
 
 
@@ -31,6 +32,11 @@ class Batch:
 class Loader:
     """Some rows of a data set, shuffled anew each epoch, without end. Keeps no state but the orders of the latest epochs."""
 
+    streams = False
+    """Whether images are read from elsewhere."""
+    patience = 45.0
+    """Seconds that a batch may take."""
+
     def __init__(self, dataset: Dataset, indices: NDArray[np.int64], seed: int) -> None:
         if len(indices) == 0:
             raise UserError(f"no image of {dataset.path} is left to train on; lower data.heldout")
@@ -41,11 +47,22 @@ class Loader:
         """Images in an epoch."""
         return len(self.indices)
 
+    def begin(self, start: int, batch: int, part: range) -> None:
+        """Take up the batches of a stage that began at a position; of each this process computes a part. The order is the same for all."""
+
     def reorder(self, seed: int) -> None:
         """Shuffle by another seed."""
         if seed != self.seed:
             self.seed = seed
             self._orders.clear()
+
+    def news(self) -> list[Loss]:
+        """What was found lost since this was last asked; nothing, where all images lie on this machine."""
+        return []
+
+    def admit(self, losses: list[Loss]) -> list[Loss]:
+        """Take it as lost too, as other processes have found; returns what was not known. Raises UserError where it is too much."""
+        return []
 
     def indices_at(self, position: int, count: int) -> NDArray[np.int64]:
         """Rows [count] at the positions [position, position + count) of the stream; an epoch ends where the next begins."""

@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from maskdm.config import Data
 from maskdm.data.dataset import HASHES, IMAGES, LABELS, MANIFEST, SUMMARY, Dataset, open_cached
 from maskdm.data.decode import BrokenImage, decode
+from maskdm.data.index import Index
+from maskdm.data.shards import open_dataset
 from maskdm.data.source import Source
 from maskdm.errors import UserError
 
@@ -45,7 +47,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
     """One image's pixels and their SHA-256; or, without pixels, the one note is why."""
 
     pixels: NDArray[np.uint8] | None
@@ -61,6 +63,8 @@ def prepare(source: Source, settings: Data, cache_dir: Path, progress: Progress 
     Raises UserError: too many broken images, fewer than two good ones, no classes where `conditional` asks for them,
     no room on the disk.
     """
+    if source.index is not None:
+        return _use(source, source.index, settings)
     if settings.conditional and not source.class_names:
         raise UserError(f"{source.name} has no classes to learn; drop --conditional, or sort it into a sub-folder per class")
     path = cache_dir / _key(source, settings)
@@ -70,19 +74,32 @@ def prepare(source: Source, settings: Data, cache_dir: Path, progress: Progress 
             dataset = _build(source, settings, cache_dir, path, progress)
         except OSError as error:
             raise _about_disk(error, source, settings, cache_dir) from error
-    _check(source, settings, dataset.broken, len(dataset))
+    check_broken(source, settings, dataset.broken, len(dataset))
     unlabeled = 0 if dataset.labels is None else np.count_nonzero(dataset.labels < 0)
     if settings.conditional and unlabeled:
         raise UserError(f"{unlabeled} of {len(dataset)} images of {source.name} have no class; drop them, or --conditional")
     return dataset
 
 
+def _use(source: Source, index: Index, settings: Data) -> Dataset:
+    """The images where they lie."""
+    if settings.conditional and not index.class_names:
+        raise UserError(f"{source.name} has no classes to learn; drop --conditional, or pack images that have")
+    dataset = open_dataset(index, settings, source.name, source.notes)
+    if len(dataset) < 2:
+        raise UserError(f"{source.name} has only {len(dataset)} images; training needs at least 2")
+    unlabeled = 0 if dataset.labels is None else np.count_nonzero(dataset.labels < 0)
+    if settings.conditional and unlabeled:
+        raise UserError(f"{unlabeled} of {len(dataset)} images of {source.name} have no class; drop --conditional, or pack others")
+    return dataset
+
+
 def _key(source: Source, settings: Data) -> str:
-    parts = [FORMAT, source.fingerprint(), _decoding(settings)]
+    parts = [FORMAT, source.fingerprint(), decoding(settings)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _decoding(settings: Data) -> dict[str, str | int | list[int]]:
+def decoding(settings: Data) -> dict[str, str | int | list[int]]:
     """The settings that change pixels."""
     return {
         "image_size": list(settings.image_size),
@@ -92,7 +109,8 @@ def _decoding(settings: Data) -> dict[str, str | int | list[int]]:
     }
 
 
-def _check(source: Source, settings: Data, broken: tuple[tuple[str, str], ...], good: int) -> None:
+def check_broken(source: Source, settings: Data, broken: tuple[tuple[str, str], ...], good: int) -> None:
+    """Raise UserError where too many images cannot be read."""
     total = good + len(broken)
     first = "; ".join(f"{name}: {reason}" for name, reason in broken[:3]) + ("; ..." if len(broken) > 3 else "")
     if good == 0:
@@ -126,7 +144,7 @@ def _build(source: Source, settings: Data, cache_dir: Path, path: Path, progress
     try:
         good, broken = _write(source, settings, partial, progress)
         if good == 0:
-            _check(source, settings, broken, good)
+            check_broken(source, settings, broken, good)
         return _publish(source, partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -182,7 +200,7 @@ def _write(source: Source, settings: Data, folder: Path, progress: Progress | No
     # written in order rather than through a memory map: on a full disk that is an error, and not a killed process
     with (folder / IMAGES).open("wb") as images, (folder / MANIFEST).open("w", encoding="utf-8") as manifest:
         _write_header(images, len(source), shape)
-        for index, item in enumerate(_decode_all(source, settings, progress)):
+        for index, item in enumerate(decode_all(source, settings, progress)):
             name = source.item_name(index)
             row = None if item.pixels is None else len(hashes)
             line = {"name": name, "index": row, "notes": item.notes, "sha256": item.digest.hex()}
@@ -202,7 +220,7 @@ def _write(source: Source, settings: Data, folder: Path, progress: Progress | No
         "format": FORMAT,
         "source": source.name,
         "fingerprint": source.fingerprint(),
-        "settings": _decoding(settings),
+        "settings": decoding(settings),
         "class_names": source.class_names,
         "count": len(hashes),
         "content_hash": hashlib.sha256(b"".join(hashes)).hexdigest(),
@@ -219,8 +237,8 @@ def _write_header(file: IO[bytes], count: int, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
 
 
-def _decode_all(source: Source, settings: Data, progress: Progress | None) -> Iterator[_Decoded]:
-    """All images in order, decoded by a thread per core.
+def decode_all(source: Source, settings: Data, progress: Progress | None, first: int = 0) -> Iterator[Decoded]:
+    """All images from `first` on, in order, decoded by a thread per core.
 
     Threads, as they start at once, and Pillow decodes and resizes outside the interpreter's lock. A trial on two busy cores,
     start included, 10 000 CIFAR-10 JPEG files, per second: one thread 8 800, two 9 800, two forked processes 7 500, two
@@ -228,16 +246,16 @@ def _decode_all(source: Source, settings: Data, progress: Progress | None) -> It
     """
     size = settings.image_size[0] * settings.image_size[1] * settings.channels
     step = max(1, min(CHUNK_ITEMS, CHUNK_BYTES // size))
-    chunks = iter(range(0, len(source), step))
+    chunks = iter(range(first, len(source), step))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, MAX_THREADS)
 
-    def run(start: int) -> list[_Decoded]:
+    def run(start: int) -> list[Decoded]:
         return [_decode_one(source, settings, index) for index in range(start, min(start + step, len(source)))]
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    pending: deque[Future[list[_Decoded]]] = deque()
-    done = 0
+    pending: deque[Future[list[Decoded]]] = deque()
+    done = first
     try:
         # Pillow's warnings, on odd metadata and on large images, say nothing that the notes do not
         with warnings.catch_warnings():
@@ -256,12 +274,12 @@ def _decode_all(source: Source, settings: Data, progress: Progress | None) -> It
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode_one(source: Source, settings: Data, index: int) -> _Decoded:
+def _decode_one(source: Source, settings: Data, index: int) -> Decoded:
     try:
         pixels, notes = decode(source.load(index), settings)
     except BrokenImage as error:
-        return _Decoded(None, b"", (str(error),))
+        return Decoded(None, b"", (str(error),))
     except (OSError, ValueError) as error:  # the file that holds it with others, such as a table, is damaged there
-        return _Decoded(None, b"", (f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})",))
+        return Decoded(None, b"", (f"cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})",))
     pixels = np.ascontiguousarray(pixels)
-    return _Decoded(pixels, hashlib.sha256(pixels.data).digest(), notes)
+    return Decoded(pixels, hashlib.sha256(pixels.data).digest(), notes)

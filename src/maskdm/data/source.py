@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from maskdm.data.index import Index
+
 Item = Image.Image | bytes | Path
 """One image: opened, or as the bytes or the path of an encoded file."""
 
@@ -35,6 +37,8 @@ class Source:
     """One class index per image, -1 where one has none; None when there are no classes."""
     read: Callable[[int], Item]
     identify: Callable[[], str]
+    index: Index | None = None
+    """Where the images lie, if they do in shards: then they are used from there."""
 
     def __len__(self) -> int:
         """The number of images, unreadable ones included."""

@@ -11,6 +11,7 @@ from PIL import Image
 
 from maskdm.config import Data
 from maskdm.data.decode import BrokenImage, decode, open_image, orientation_swaps
+from maskdm.data.index import Index
 from maskdm.data.source import Source
 
 LOOKED_AT = 2000
@@ -66,7 +67,9 @@ class _Header:
 
 
 def inspect(source: Source) -> Summary:
-    """Look at the headers of images spread over the source, and at the colours of a few."""
+    """Look at the headers of images spread over the source, and at the colours of a few; an index of shards has been told."""
+    if source.index is not None:
+        return _of_index(source.index)
     rows = _spread(len(source), LOOKED_AT)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, on odd metadata: `prepare` says what matters
@@ -88,6 +91,24 @@ def inspect(source: Source) -> Summary:
         animated_share=sum(header.animated for header in found) / max(1, len(found)),
         class_names=source.class_names,
         class_counts=tuple(np.bincount(known, minlength=len(source.class_names)).tolist()),
+    )
+
+
+def _of_index(index: Index) -> Summary:
+    count = len(index)
+    known = np.zeros(0, dtype=np.int64) if index.labels is None else index.labels[index.labels >= 0]
+    return Summary(
+        count=count,
+        looked_at=count,
+        readable=count,
+        sizes=(((index.height, index.width), count),),
+        median_height=index.height,
+        median_width=index.width,
+        gray_share=float(index.gray),
+        alpha_share=0.0,
+        animated_share=0.0,
+        class_names=index.class_names,
+        class_counts=tuple(np.bincount(known, minlength=len(index.class_names)).tolist()),
     )
 
 

@@ -87,12 +87,12 @@ class _Columns:
     class_names: tuple[str, ...]
 
 
-def open_parquet(location: str, root: Path, names: Sequence[str]) -> Source:
-    """Parquet files below a folder, as one table. Raises UserError where they cannot be read together."""
+def open_parquet(location: str, names: Sequence[str], open_file: Callable[[str], Any], identify: Callable[[], str] | None = None) -> Source:
+    """Parquet files, as one table. `open_file` gives a name's path or opened file. Raises UserError where they do not go together."""
     parquet = _require("pyarrow.parquet", location)
     names, notes = _one_split(names)
     try:
-        files = [parquet.ParquetFile(root / name) for name in names]
+        files = [parquet.ParquetFile(open_file(name)) for name in names]
         columns = _find_columns(location, files[0].schema_arrow)
         for name, file in zip(names, files, strict=True):
             if columns.image not in file.schema_arrow.names or (columns.label and columns.label not in file.schema_arrow.names):
@@ -109,7 +109,7 @@ def open_parquet(location: str, root: Path, names: Sequence[str]) -> Source:
         sizes=[file.metadata.row_group(group).num_rows for file, group in groups],
         read=lambda index: groups[index][0].read_row_group(groups[index][1], columns=[columns.image]).column(columns.image),
     )
-    identify = partial(digest_files, [(name, root / name) for name in names])
+    identify = identify or partial(digest_files, [(name, Path(open_file(name))) for name in names])
     kind = f"{len(names)} parquet files" if len(names) > 1 else "parquet file"
     return _source(location, kind, notes, rows, columns, paths, values, identify)
 

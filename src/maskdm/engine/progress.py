@@ -106,7 +106,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a step on the device, and where its batch is from."""
+    """What is known of a step on the device, and where its batch is from: the position, in all and within the stage."""
 
     bad: Tensor
     loss: Tensor
@@ -114,6 +114,7 @@ class Verdict:
     told: Tensor | None
     number: int
     position: int
+    within: int
     stage: Stage
     done: StageProgress
 

@@ -68,9 +68,10 @@ class Ranks:
     @contextmanager
     def at(self, what: str, limit: float = LONG) -> Generator[None]:
         """Be at something that may take long; the others wait."""
+        before = "training" if self.pulse is None else self.pulse.at
         self.mark(what, limit)
         yield
-        self.mark("training")
+        self.mark(before)
 
     def wait(self, what: str = "the others") -> None:
         """Return when all processes have come here. Nobody is in a collective meanwhile."""
@@ -136,6 +137,11 @@ class Pulse(threading.Thread):
         self.rank, self.world = rank, world
         self._count = self._waits = 0
         self._at: tuple[str, float, float] = ("starting", time.monotonic(), LONG)
+
+    @property
+    def at(self) -> str:
+        """What the main thread is at."""
+        return self._at[0]
 
     def mark(self, what: str, limit: float) -> None:
         """What the main thread is at."""

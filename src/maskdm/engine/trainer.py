@@ -252,7 +252,7 @@ class Trainer:
             if self.scaler.get_scale() >= scale:  # fp16 skips a step whose gradients overflowed; the averages must not count it
                 self.average.update(self.model, done.steps)
                 self.powers.update(self.model)
-        self._stay_near(Verdict(bad, loss, grad_norm, told, number, self.progress.images, stage, done))
+        self._stay_near(Verdict(bad, loss, grad_norm, told, number, self.progress.images, done.images, stage, done))
         done.steps += 1
         done.images += stage.batch
         self.progress.step += 1
@@ -337,7 +337,7 @@ class Trainer:
             return
         self.bad_in_a_row += 1
         stage, each = verdict.stage, num_sequences(verdict.stage.mask)
-        rows = self.feed.loader.indices_at(verdict.position, stage.batch)
+        rows = self.feed.rows(verdict.position - verdict.within, stage.batch, verdict.position)
         draws = draw_step(
             self.config, stage.mask, self._seed("train"), verdict.number, 0, stage.batch * each, stage.batch * each, self.device
         )
@@ -350,8 +350,8 @@ class Trainer:
             done.asked = done.pieces = stage.accumulate
         while True:
             try:
-                pieces = pieces_of(self.ranks.part(stage.batch), done.pieces)
-                loss = torch.zeros((), device=self.device)
+                pieces, loss = pieces_of(self.ranks.part(stage.batch), done.pieces), torch.zeros((), device=self.device)
+                self.feed.begin(self.progress.images - done.images, stage.batch, pieces)
                 for piece in pieces:
                     with contextlib.nullcontext() if piece is pieces[-1] else self._unshared():
                         loss += self._backward(stage, number, piece.start, len(piece))
@@ -383,7 +383,7 @@ class Trainer:
     def _backward(self, stage: Stage, number: int, first: int, count: int) -> Tensor:
         """Add the gradients of a piece of the batch; returns its share of the loss."""
         each = num_sequences(stage.mask)
-        with record_function("maskdm: data"):
+        with record_function("maskdm: data"), self.ranks.at("reading images", self.feed.loader.patience):
             batch = self.feed.batch(self.progress.images + first, count)
             images, labels = batch.images, batch.labels
             if each > 1:

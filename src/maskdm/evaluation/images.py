@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maskdm.data import Pixels
 from maskdm.engine import Ranks
 from maskdm.evaluation.features import FeatureNetwork
 from maskdm.evaluation.pieces import PIECE, Progress, fill
@@ -22,7 +23,7 @@ from maskdm.evaluation.pieces import PIECE, Progress, fill
 class ImageSet:
     """Images of one size: some `rows`, in this order, of `pixels` [n, height, width, channels] in 0..255, perhaps mapped from a file."""
 
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
     rows: NDArray[np.int64]
     key: str
     """Stands for the content; features are kept under it."""

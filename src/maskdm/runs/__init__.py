@@ -16,6 +16,7 @@ from maskdm.runs.evaluate import EvaluateRequest, evaluate
 from maskdm.runs.export import ExportRequest, export, parse_formats
 from maskdm.runs.forecast import plan
 from maskdm.runs.observe import Diverged
+from maskdm.runs.pack import PackRequest, pack_data
 from maskdm.runs.push import PushRequest, push
 from maskdm.runs.resolve import TrainRequest
 from maskdm.runs.sample import SampleRequest, sample, sampling_settings
@@ -32,6 +33,7 @@ __all__ = [
     "ExportRequest",
     "Interrupted",
     "Lost",
+    "PackRequest",
     "PushRequest",
     "SampleRequest",
     "SweepRequest",
@@ -43,6 +45,7 @@ __all__ = [
     "ema_sweep",
     "evaluate",
     "export",
+    "pack_data",
     "parse_formats",
     "parse_lengths",
     "plan",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from maskdm.arithmetic import flops
 from maskdm.config import Config, Mask, NoMask
-from maskdm.data import Dataset, Loader
+from maskdm.data import Dataset, make_loader
 from maskdm.draws import derive
 from maskdm.engine import Machine, Switch, Trainer, checkpoint
 from maskdm.errors import UserError
@@ -80,7 +80,7 @@ class Contestant:
         found = checkpoint.names(self.folder)
         if not found:
             initialize(self.config, model, classes, self.field.display)
-        loader = Loader(self.field.dataset, self.field.rows, self.config.seed)
+        loader = make_loader(self.field.dataset, self.field.rows, self.config.seed)
         trainer = Trainer(self.config, loader, model, self.field.machine.device, self.field.machine.precision)
         if found:
             saved = checkpoint.load(self.folder / found[-1])

@@ -14,7 +14,7 @@ import torch
 
 from maskdm.arithmetic import ideal_speedup, stage_flops
 from maskdm.config import Budget, Config, Ema, NoMask, Stage
-from maskdm.data import Dataset, Loader
+from maskdm.data import Dataset, make_loader
 from maskdm.engine import (
     Machine,
     Ranks,
@@ -207,7 +207,7 @@ def _trainer(config: Config, stage: Stage, dataset: Dataset, machine: Machine) -
     if config.lora.rank:
         adapters.adapt(model, config.lora, ())
     rows, _ = dataset.split(config.data.heldout, config.seed, config.data.limit)
-    return Trainer(alone, Loader(dataset, rows, config.seed), model, machine.device, machine.precision)
+    return Trainer(alone, make_loader(dataset, rows, config.seed), model, machine.device, machine.precision)
 
 
 def _forget(machine: Machine) -> None:

@@ -23,6 +23,7 @@ from maskdm.pictures import grid, hide, side_by_side
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
+from maskdm.runs.losses import Losses
 from maskdm.runs.plan import stage_records
 from maskdm.runs.sample import draw_images, sampling_in_stage
 from maskdm.runs.store import checkpoint_name, checkpoint_numbers, load_state, make_pipeline, save_checkpoint, save_pipeline
@@ -65,24 +66,21 @@ class Observer:
         rows: tuple[NDArray[np.int64], NDArray[np.int64]],
         note: Callable[[str], None],
     ) -> None:
-        self.note = note
-        run.say = note
+        self.note = run.say = note
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
         self.ranks, self.network = trainer.ranks, trainer.average.model
-        self.trackers = Trackers(
-            config.tracking if run.writes else (), run.path, trainer.progress.step, to_plain(config), self._tracker_failed
-        )
+        asked = config.tracking if run.writes else ()
+        self.trackers = Trackers(asked, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
         self.trackers.text("config", to_yaml(config), trainer.progress.step)
-        self.switch = Switch(trainer, self.watch.loss)
+        self.losses, self.switch = Losses(run, trainer, note), Switch(trainer, self.watch.loss)
         self._sums = torch.zeros(3, device=trainer.device)  # of losses, their number, and the last gradient norm: of good steps
         self._saved = -1
         self._ends: str | None = None  # the stage that the latest step has ended
-        self._snapshots = 0
+        self._snapshots = self._pieces = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
         self._waited = 0.0
         self._ceiling = matrix_ceiling(trainer.device, trainer.precision) * trainer.ranks.world
-        self._pieces = 0
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
 
@@ -145,7 +143,8 @@ class Observer:
             self.save()
 
     def _look_after(self) -> None:
-        """Say which steps were not applied. Raises Unsound where there are too many."""
+        """Say which steps were not applied, and what cannot be read. Raises Unsound where there are too many."""
+        self.losses.look()
         for each in self.trainer.skipped:
             names = [self.dataset.name_of(row) for row in each.rows]
             figures = {
@@ -253,6 +252,7 @@ class Observer:
         """Write a checkpoint. Raises Unsound where the weights are no numbers, and what was saved before stands."""
         if not self.trainer.healthy():
             raise Unsound(f"weights are no numbers after step {self.trainer.progress.step}")
+        self.losses.share()
         with self.ranks.at("saving", SAVING):
             saved = self.run.attempt("a checkpoint", self._save) if self.trainer.saver is None else self._save_parts(self.trainer.saver)
         if saved:

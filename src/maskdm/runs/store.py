@@ -15,19 +15,12 @@ from torch import Tensor
 
 import maskdm
 from maskdm.config import Config, Hardware
+from maskdm.data import cache_directory as cache_directory
 from maskdm.engine import Trainer, adapters, checkpoint, sharding, snapshots, this_machine
 from maskdm.errors import UserError, nearest
 from maskdm.models import Denoiser, build, open_autoencoder
 from maskdm.runs.directory import RunDirectory, Weights
 from maskdm.sampling import make_scheduler
-
-
-def cache_directory() -> Path:
-    """Where decoded images and feature networks are kept: $MASKDM_CACHE, or maskdm in the user's cache directory."""
-    given = os.environ.get("MASKDM_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskdm"
 
 
 def latest_checkpoint(run: RunDirectory) -> Path | None:

@@ -20,7 +20,7 @@ import torch
 
 import maskdm
 from maskdm.config import Config, Convert, Denoise
-from maskdm.data import Dataset, Loader, prepare
+from maskdm.data import Dataset, make_loader, prepare
 from maskdm.draws import derive
 from maskdm.engine import Lost, Ranks, Trainer, Transfer, adapters, checkpoint, environment, joined, keep_freed_memory, snapshots, transfer
 from maskdm.errors import UserError, shorten
@@ -89,7 +89,9 @@ def _train(run: RunDirectory, resolved: Resolved, dataset: Dataset, command: str
     if config.lora.rank:
         _adapt(run, config, model, report if not begun else None, display)
     training, heldout = dataset.split(config.data.heldout, config.seed, config.data.limit)
-    trainer = Trainer(config, Loader(dataset, training, config.seed), model, resolved.machine.device, resolved.machine.precision, ranks)
+    trainer = Trainer(
+        config, make_loader(dataset, training, config.seed), model, resolved.machine.device, resolved.machine.precision, ranks
+    )
     saved, wrong = load_state(trainer, run)
     for error in wrong:
         display.note(f"{error.reason}: set aside as damaged-..., and the one before it used")
@@ -136,7 +138,8 @@ def prepare_data(resolved: Resolved, display: Display) -> Dataset:
     started = time.perf_counter()
     with display.counting("decoding images") as progress:
         dataset = prepare(resolved.source, resolved.config.data, cache_directory(), progress)
-    display.note(f"  {len(dataset.images)} images ready in {time.perf_counter() - started:.1f} s (cache: {dataset.path})")
+    kept = "read from the shards while training" if resolved.source.index is not None else f"cache: {dataset.path}"
+    display.note(f"  {len(dataset.images)} images ready in {time.perf_counter() - started:.1f} s ({kept})")
     for note in dataset.notes:
         display.note(f"  {note}")
     if dataset.broken:
