@@ -75,7 +75,7 @@ def trained(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory, cache: 
     return out
 
 
-def test_a_run_on_latents_trains_resumes_samples_and_evaluates(trained: Path, autoencoder: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_run_on_latents_trains_resumes_and_samples(trained: Path, autoencoder: Path, tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(trained, out)
     config = RunDirectory(out).config()
@@ -90,14 +90,19 @@ def test_a_run_on_latents_trains_resumes_samples_and_evaluates(trained: Path, au
     assert train(out, autoencoder) == 0  # nothing to do
     assert train(out, autoencoder, "--finetune.budget.steps", "6", "--fork") == 0
     assert run_command(["sample", str(out), "--num", "2", "--steps", "2", "--out", str(tmp_path / "drawn")]) == 0
-    assert run_command(["evaluate", str(out), "--num", "20"]) == 0
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["num_samples"] == 20 and metrics["denoising"]["heldout"] > 0
     folder = MaskDMPipeline.from_pretrained(out / "model")
     drawn: Any = folder(2, [1, 2], torch.Generator().manual_seed(0), 2, output_type="pt")
     ours, _ = load_pipeline(out)
     assert drawn.images.shape == (2, 1, 16, 16)
     assert torch.equal(drawn.images, ours(2, [1, 2], torch.Generator().manual_seed(0), 2, output_type="pt").images)  # pyright: ignore
+
+
+@pytest.mark.slow
+def test_a_run_on_latents_is_evaluated(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    assert run_command(["evaluate", str(tmp_path / "run"), "--num", "20"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["num_samples"] == 20 and metrics["denoising"]["heldout"] > 0
 
 
 @pytest.mark.usefixtures("trained")

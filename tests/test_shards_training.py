@@ -17,7 +17,7 @@ from test_distributed import finish, processes_of, wait_for
 
 from maskdm.cli import run_command
 from maskdm.config import Budget, Config, Data, PatchMask, Stage, UViTConfig
-from maskdm.data import Feed, Loader, ShardLoader, make_loader, open_source, pack, prepare, shards
+from maskdm.data import Feed, Latents, Loader, ShardLoader, make_loader, open_source, pack, prepare, shards
 from maskdm.data.remote import Remote
 from maskdm.data.shards import ShardDataset
 from maskdm.engine import Trainer
@@ -288,3 +288,10 @@ def test_three_processes_over_a_faulty_server_killed_twice(tmp_path: Path, monke
     for first, last in ((0, 270), (270, 540)):  # an epoch; and what the second stage, of the same batch, begins afresh, after half of one
         rows = [row for position in range(first, last, 3) for row in at[position]]
         assert sorted(rows) == training.tolist() if first == 0 else len({*rows[:135]}) == len({*rows[135:]}) == 135
+
+
+def test_latents_of_shards_are_read_from_the_cache(packed: Path) -> None:
+    dataset = opened(str(packed))
+    values = np.zeros((len(dataset), 1, 3, 4, 4), dtype=np.float16)
+    loader = make_loader(replace(dataset, latents=Latents(values, (0.0,) * 3, (1.0,) * 3)), np.arange(20), 0)
+    assert not loader.streams and loader.batch(0, 5).images.shape == (5, 1, 3, 4, 4)

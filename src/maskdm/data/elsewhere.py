@@ -32,10 +32,10 @@ class _Names(Sequence[str]):
     """The names of an index's images, made when asked for."""
 
     def __init__(self, index: Index) -> None:
-        self.index = index
+        self._of = index
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self._of)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -45,7 +45,7 @@ class _Names(Sequence[str]):
 
     def __getitem__(self, index: int | slice) -> str | list[str]:
         found = range(len(self))[index]
-        return self.index.name_of(found) if isinstance(found, int) else [self.index.name_of(row) for row in found]
+        return self._of.name_of(found) if isinstance(found, int) else [self._of.name_of(row) for row in found]
 
 
 def is_pattern(location: str) -> bool:
