@@ -24,7 +24,7 @@ PUBLIC = {
         "learning_rate", "make_optimizer", "matrix_ceiling", "more_pieces", "out_of_memory", "peak_memory", "reset_peak_memory",
         "this_machine", "transfer",
     ],
-    "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded"],
+    "maskdm.sampling": ["MaskDMPipeline", "make_scheduler", "offered", "seeded", "slerp"],
     "maskdm.evaluation": [
         "DenoisingLoss", "Estimate", "Evaluation", "Extractor", "FeatureNetwork", "ImageSet", "Images",
         "KernelDistance", "Labels", "Manifold", "Matches", "Neighbours", "Progress", "Searcher", "SelfNetwork",

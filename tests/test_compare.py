@@ -35,7 +35,7 @@ def command(out: Path, *more: str, seeds: int = 2) -> list[str]:
     return ["compare", "digits", "--recipe", "digits", "--budget", "640images", "--seeds", str(seeds), "--out", str(out), *SMALL, *more]
 
 
-TURNS = 6
+TURNS = 10
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,7 +93,7 @@ def test_run_again_it_measures_nothing_twice_and_says_the_same(done: tuple[Path,
 def test_a_comparison_that_was_stopped_goes_on_to_the_same_end(
     done: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, real, left = tmp_path / "cmp", Contestant.advance, 30
+    out, real, left = tmp_path / "cmp", Contestant.advance, 14
 
     def advance(self: Contestant, trainer: Trainer, unit: str, until: float, stop: list[str], loss: Any) -> bool:
         nonlocal left
@@ -151,7 +151,7 @@ def test_budgets_in_seconds_are_spent_alike_whatever_the_clock_does(tmp_path: Pa
     out = tmp_path / "cmp"
     assert run_command(["compare", "digits", "--recipe", "digits", "--budget", "40s", "--seeds", "1", "--out", str(out), *SMALL]) == 0
     found = json.loads((out / "compare.json").read_text())
-    assert [r["seconds"] for r in found["curves"]["whole"][0]] == pytest.approx([40 / TURNS * (i + 1) for i in range(TURNS)], abs=0.5)
+    assert [r["seconds"] for r in found["curves"]["whole"][0]] == pytest.approx([40 / TURNS * (i + 1) for i in range(TURNS)], abs=0.1)
     assert found["arms"]["whole"]["steps"] == 40 and found["arms"]["maskdm"]["steps"] == 40 + 10
     assert found["arms"]["maskdm"]["time"] == pytest.approx(40.0, abs=0.1)
 
@@ -192,7 +192,7 @@ def test_an_arm_that_diverged_is_said_so_and_costs_no_more(tmp_path: Path, monke
     assert run_command(command(out, seeds=1)) == 0
     found = json.loads((out / "compare.json").read_text())
     assert "a loss of maskdm is not a number" in found["verdicts"][0]["text"]
-    assert found["arms"]["maskdm"]["images"] < 100 < found["arms"]["whole"]["images"]
+    assert found["arms"]["maskdm"]["images"] < 200 < found["arms"]["whole"]["images"]
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,9 @@ CHANGES: dict[str, str] = {
     "sampling.eta": "0",
     "sampling.guidance": "3",
     "sampling.guide": "path",
+    "sampling.guidance_window": "0.5,2",
+    "sampling.guidance_rescale": "0.7",
+    "sampling.threshold": "0.5",
     "seed": "1",
 }
 """Settings whose change must show in the data, the network, the trained weights or the samples."""

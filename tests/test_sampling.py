@@ -15,7 +15,8 @@ from maskdm.errors import UserError
 from maskdm.masking import Route
 from maskdm.models import Denoiser, DenoiserOutput, DiT, UViT
 from maskdm.runs.sample import draw_images, fitting_batch
-from maskdm.sampling import MaskDMPipeline, make_scheduler, offered, seeded
+from maskdm.sampling import MaskDMPipeline, make_scheduler, offered, seeded, slerp
+from maskdm.sampling.guides import Guide, guided, tiled
 
 MEAN = torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64)
 ROOT = torch.tensor([[0.4, 0, 0, 0], [0.2, 0.3, 0, 0], [0, 0.1, 0.5, 0], [0.1, 0, 0.2, 0.2]], dtype=torch.float64)
@@ -92,8 +93,13 @@ def test_guidance_extrapolates_from_the_null_class() -> None:
     pipeline = small()
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 2])
     conditional, null = pipeline.unet(x, t, labels).sample, pipeline.unet(x, t, None).sample
-    torch.testing.assert_close(pipeline._predict(x, t, labels, 3.0), null + 3.0 * (conditional - null), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(pipeline._predict(x, t, labels, 1.0), conditional)
+    torch.testing.assert_close(
+        guided(pipeline.unet, "cosine", x, t, labels, Guide(3.0), {}), null + 3.0 * (conditional - null), atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(guided(pipeline.unet, "cosine", x, t, labels, Guide(), {}), conditional)
+    negative = guided(pipeline.unet, "cosine", x, t, labels, Guide(3.0, negative=torch.tensor([1, 1])), {})
+    other = pipeline.unet(x, t, torch.tensor([1, 1])).sample
+    torch.testing.assert_close(negative, other + 3.0 * (conditional - other), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("classes", [0, 3])
@@ -106,7 +112,9 @@ def test_path_guidance_extrapolates_from_the_outer_blocks_alone(classes: int) ->
     x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 2]) if classes else None
     all_shallow = Route(None, 1, 1, torch.tensor([True, True]))
     weak, strong = network(x, t, None, None, all_shallow).sample, network(x, t, labels).sample
-    torch.testing.assert_close(pipeline._predict(x, t, labels, 3.0, "path"), weak + 3.0 * (strong - weak), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        guided(network, "cosine", x, t, labels, Guide(3.0, "path"), {}), weak + 3.0 * (strong - weak), atol=1e-5, rtol=1e-4
+    )
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(2, None if labels is None else labels, num_inference_steps=2, guidance_scale=2.0, guide="path", output_type="pt")
     assert drawn.images.shape == (2, 1, 8, 8)
@@ -118,10 +126,14 @@ def test_clipping_keeps_the_image_in_range_and_the_noise_consistent() -> None:
     pipeline = small(target="eps")
     x, t = 3 * torch.randn(2, 1, 8, 8), torch.tensor(600)
     output = 10 * torch.randn_like(x)
-    clipped = pipeline._for_scheduler(output, x, t, clip=True)
-    image = convert("cosine", "eps", clipped, x, t.float().expand(2)).x0
-    assert image.abs().max() <= 1 + 1e-4
-    assert torch.equal(pipeline._for_scheduler(output, x, t, clip=False), output)
+    prediction = convert("cosine", "eps", output, x, t.float().expand(2))
+    clipped = pipeline._limited(prediction, x, t, 1.0)
+    assert convert("cosine", "eps", clipped.eps, x, t.float().expand(2)).x0.abs().max() <= 1 + 1e-4
+    assert torch.equal(pipeline._limited(prediction, x, t, None).eps, output)
+    scaled = pipeline._limited(prediction, x, t, 0.9).x0
+    assert scaled.abs().max() == 1 and 0.1 < (scaled.abs() == 1).float().mean() < 0.15  # a tenth lies above the quantile
+    near = pipeline._limited(convert("cosine", "x0", torch.full_like(x, 0.5), x, t.float().expand(2)), x, t, 0.9).x0
+    assert torch.equal(near, torch.full_like(x, 0.5))  # nothing is brightened
 
 
 def test_labels_are_checked() -> None:
@@ -177,3 +189,100 @@ def test_half_precision_draws_about_the_same() -> None:
     exact, rounded = (draw_images(pipeline, Sampling(steps=10), range(4), [0, 1, 2, 0], 3, p) for p in ("fp32", "bf16"))
     apart = abs(exact.astype(int) - rounded)
     assert 0 < apart.mean() < 3 and not (exact == rounded).all()
+
+
+def images(pipeline: MaskDMPipeline, **settings: Any) -> Tensor:
+    count = len(settings.get("class_labels", [0, 1]))
+    asked = {"class_labels": [0, 1], "generator": seeded(0, range(count)), "num_inference_steps": 6, "output_type": "pt"} | settings
+    drawn: Any = pipeline(count, **asked)
+    return drawn.images
+
+
+def evaluations(pipeline: MaskDMPipeline, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> int:
+    sizes, plain = list[int](), type(pipeline.unet).denoise
+
+    def denoise(self: Any, patches: Tensor, *rest: Any) -> Tensor:
+        sizes.append(len(patches))
+        return plain(self, patches, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipeline.unet), "denoise", denoise)
+        images(pipeline, **settings)
+    return sum(sizes) // 2
+
+
+def test_guidance_acts_in_its_window_and_costs_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = small()
+    everywhere, plain = images(pipeline, guidance_scale=3.0), images(pipeline)
+    assert torch.equal(images(pipeline, guidance_scale=3.0, guidance_window=(0.0, float("inf"))), everywhere)
+    assert torch.equal(images(pipeline, guidance_scale=3.0, guidance_window=(1e6, 1e7)), plain)
+    some = images(pipeline, guidance_scale=3.0, guidance_window=(0.3, 2.0))
+    assert not torch.equal(some, everywhere) and not torch.equal(some, plain)
+    counts = [
+        evaluations(pipeline, monkeypatch, guidance_scale=3.0, guidance_window=window) for window in ((0.0, 1e9), (0.3, 2.0), (1e6, 1e7))
+    ]
+    assert counts[0] == 12 and 6 < counts[1] < 12 and counts[2] == 6
+    with pytest.raises(UserError, match="guidance window is 2 to 1"):
+        images(pipeline, guidance_scale=3.0, guidance_window=(2.0, 1.0))
+
+
+def test_rescaled_guidance_has_the_contrast_of_none() -> None:
+    pipeline = small()
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 2])
+    plain, led, half, full = (guided(pipeline.unet, "cosine", x, t, labels, Guide(*how), {}) for how in (
+        (1.0,), (8.0,), (8.0, "label", (0.0, 1e9), 0.5), (8.0, "label", (0.0, 1e9), 1.0),
+    ))  # fmt: skip
+    deviations = [each.std(dim=(1, 2, 3)) for each in (plain, led, half, full)]
+    torch.testing.assert_close(deviations[3], deviations[0])
+    torch.testing.assert_close(deviations[2], (deviations[0] + deviations[1]) / 2)
+
+
+def test_autoguidance_leads_away_from_another_network() -> None:
+    pipeline, weak = small(), small()
+    for parameter in weak.unet.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor(500), torch.tensor([0, 2])
+    strong, poor = (network(x, t, labels).sample for network in (pipeline.unet, weak.unet))
+    led = guided(pipeline.unet, "cosine", x, t, labels, Guide(2.0, "auto", weak=weak.unet), {})
+    torch.testing.assert_close(led, poor + 2.0 * (strong - poor), atol=1e-5, rtol=1e-4)
+    assert torch.equal(images(pipeline, guide="auto", guidance_scale=2.0, weak=pipeline.unet), images(pipeline))
+    for wrong in ({"guide": "auto", "guidance_scale": 2.0}, {"guidance_scale": 2.0, "weak": weak.unet}):
+        with pytest.raises(UserError, match="guide auto needs a weak network, and no other guide takes one"):
+            images(pipeline, **wrong)
+
+
+def test_a_mixture_of_classes_is_one_evaluation_of_the_mixed_embedding() -> None:
+    pipeline = small()
+    one_hot = torch.eye(4)[[0, 2]]
+    torch.testing.assert_close(images(pipeline, class_labels=one_hot), images(pipeline, class_labels=[0, 2]))
+    mixed = images(pipeline, class_labels=(one_hot + torch.eye(4)[[1, 1]]) / 2, guidance_scale=2.0, negative_labels=[0, 0])
+    assert mixed.shape == (2, 1, 8, 8)
+    with pytest.raises(UserError, match="weights of classes have the shape"):
+        images(pipeline, class_labels=torch.eye(3)[[0, 2]])
+
+
+def test_the_arc_between_two_noises_keeps_their_length_and_ends() -> None:
+    first, last = torch.randn(2, 1, 1, 32, 32)
+    assert torch.equal(slerp(first, last, 0.0), first) and torch.equal(slerp(first, last, 1.0), last)
+    assert slerp(first, last, 0.5).norm() == pytest.approx((first.norm() + last.norm()).item() / 2, rel=0.01)
+    torch.testing.assert_close(slerp(first, first.clone(), 0.3), first)
+    pipeline = small()
+    noise = torch.cat([torch.randn((1, 1, 8, 8), generator=each) for each in seeded(0, range(2))])
+    assert torch.equal(images(pipeline, latents=noise), images(pipeline))
+    with pytest.raises(UserError, match="latents have the shape"):
+        images(pipeline, latents=noise[:1])
+
+
+def test_a_larger_image_is_the_mean_of_its_windows() -> None:
+    pipeline = small()
+    x = torch.randn(2, 1, 12, 8)
+    total = torch.zeros_like(x)
+    for top in (0, 4):
+        total[:, :, top : top + 8] += x[:, :, top : top + 8] * (top + 1)
+    tops = iter((1, 5))
+    found = tiled(pipeline.unet, x, lambda part: part * next(tops))
+    torch.testing.assert_close(found, total / torch.tensor([1, 1, 1, 1, 2, 2, 2, 2, 1, 1, 1, 1])[:, None])
+    assert images(pipeline, height=12, width=20, guidance_scale=2.0).shape == (2, 1, 12, 20)
+    assert torch.equal(images(pipeline, height=8, width=8), images(pipeline))
+    with pytest.raises(UserError, match="smaller than the 8x8"):
+        images(pipeline, height=4)

@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from maskdm import __version__
 from maskdm.cli_export import Export, Pack, Push, give
+from maskdm.cli_sample import PrecisionName, Run, Sample, WeightsName
 from maskdm.command_line import OPTIONS, TRAIN_OPTIONS, CommandLine, split_settings
 from maskdm.config import GuideName, SchedulerName
 from maskdm.errors import UserError, of_storage
@@ -26,9 +27,6 @@ from maskdm.recipes import OFFERED
 Data = Annotated[
     Positional[str], arg(metavar="DATA", help="folder of images, shards or their URL, table, .npz/.npy array, or digits / emoji")
 ]
-WeightsName = Literal["raw", "ema", "best"]
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
-Run = Annotated[Positional[Path], arg(metavar="RUN", help="directory of a run of `maskdm train`")]
 
 RECIPES = f"a ready-made configuration, one of {OFFERED}"
 
@@ -120,27 +118,6 @@ class DataVerb:
 
     data: Data
     image_size: Annotated[str | None, arg(help="height and width to prepare for: 64, or 64x96; chosen from the data if left out")] = None
-
-
-@dataclass
-class Sample:
-    """Draw images from a run: PNG files and a grid. Image i depends on the seed and i alone."""
-
-    run: Run
-    out: Annotated[Path, arg(help="directory for the images")]
-    num: Annotated[int, arg(help="number of images")] = 64
-    steps: Annotated[int | None, arg(help="denoising steps; the run's setting if left out")] = None
-    scheduler: Annotated[SchedulerName | None, arg(help="sampler; the run's setting if left out")] = None
-    eta: Annotated[float | None, arg(help="noise added back by ddim, 0 to 1; the run's setting if left out")] = None
-    guidance: Annotated[float | None, arg(help="guidance scale, 1 for none; the run's setting if left out")] = None
-    guide: Annotated[GuideName | None, arg(help="what guidance leads away from: the null class, or the shallow path")] = None
-    seed: Annotated[int, arg(help="seed of the noise")] = 0
-    labels: Annotated[tuple[str, ...], arg(help="classes to draw, by name or number, in turn; all if left out")] = ()
-    batch: Annotated[int | None, arg(help="images computed at a time; fitted to the network and the device if left out")] = None
-    precision: Annotated[PrecisionName, arg(help="arithmetic of the network; auto is bf16 where the machine has it")] = "auto"
-    compile: Annotated[bool, arg(help="compile the network first: a slow start that many images make up for")] = False
-    weights: Annotated[WeightsName, arg(help="as trained, averaged, or averaged at the best evaluation")] = "ema"
-    ema: Annotated[float | None, arg(help="length (sigma_rel) of the weights' average, from the snapshots; as trained if left out")] = None
 
 
 @dataclass

@@ -177,7 +177,7 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 SchedulerName = Literal["ddim", "ddpm", "deis", "dpm++", "dpm++sde", "euler", "euler-a", "heun", "lms", "pndm", "sa", "unipc"]
 
 
-GuideName = Literal["label", "path"]
+GuideName = Literal["label", "path", "auto"]
 
 
 @dataclass(frozen=True)
@@ -189,12 +189,23 @@ class Sampling:
     eta: Annotated[float, "noise added back by ddim: 0 for none, 1 for as much as ddpm"] = 0.0
     guidance: Annotated[float, "guidance scale; 1 for none"] = 1.0
     guide: Annotated[
-        GuideName, "what guidance leads away from: label, the null class; or path, the outer blocks alone of a network with model.fuse"
+        GuideName,
+        "what guidance leads away from: label, the null class; path, the outer blocks alone of a network with model.fuse; or auto, another "
+        "network (`maskdm sample --weak`)",
     ] = "label"
+    guidance_window: Annotated[
+        tuple[float, float] | None, "noise levels (sigma / alpha) at which guidance acts, the lower one first: 0.3,5; none: at all"
+    ] = None
+    guidance_rescale: Annotated[float, "how far the contrast that guidance adds is taken back, 0 to 1"] = 0.0
+    threshold: Annotated[float, "below 1: quantile of the predicted image that is scaled to white, where it is brighter: 0.995"] = 1.0
     num: Annotated[int, "images in a grid of samples"] = 64
 
     def __post_init__(self) -> None:
         require(1 <= self.steps <= 1000, f"sampling.steps is {self.steps}; it must be from 1 to 1000")
         require(0 <= self.eta <= 1, f"sampling.eta is {self.eta}; it must be from 0 to 1")
         require(self.guidance >= 0, f"sampling.guidance is {self.guidance}; it must be 0 or more")
+        low, high = self.guidance_window or (0.0, 1.0)
+        require(0 <= low < high, f"sampling.guidance_window is {low:g},{high:g}; give two noise levels from 0 up, the lower one first")
+        require(0 <= self.guidance_rescale <= 1, f"sampling.guidance_rescale is {self.guidance_rescale}; it must be from 0 to 1")
+        require(0.5 <= self.threshold <= 1, f"sampling.threshold is {self.threshold}; it must be from 0.5 to 1")
         require(self.num >= 1, f"sampling.num is {self.num}; it must be at least 1")

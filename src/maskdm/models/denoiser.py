@@ -118,7 +118,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         self,
         sample: Tensor,
         timestep: Tensor | float | int,
-        class_labels: Int[Tensor, " batch"] | None = None,
+        class_labels: Int[Tensor, " batch"] | Float[Tensor, "batch classes"] | None = None,
         kept: Int[Tensor, "batch kept"] | None = None,
         route: Route | None = None,
         return_dict: bool = True,
@@ -131,11 +131,11 @@ class Denoiser(ModelMixin, ConfigMixin):
         sample: noisy images [batch, channels, height, width] in about -1..1, or patches [batch, kept, features] as
         `patchify` makes them, then with `kept`, their row-major indices (None: all patches, in order).
         timestep: 0..1000, one for all or [batch]. class_labels: 0..num_classes, where num_classes is the null class,
-        which is also what None means; ignored by an unconditional network. route: what the inner blocks work on, in training on
-        all patches. reduced: how many times less wide and high than `sample_size` the image is whose patches are given, all in order; each
-        sits in the middle of what it covers. guidance: the scale, and steps: the number of sampling steps, one for all or
-        [batch], of networks that take them as a condition (`dial`, `shortcuts`); ignored by others. Returns the shape of `sample`, or of
-        the patches that a route did not drop.
+        which is also what None means, or weights [batch, num_classes + 1] of a mixture; ignored by an unconditional network.
+        route: what the inner blocks work on, in training on all patches. reduced: how many times less wide and high than `sample_size`
+        the image is whose patches are given, all in order; each sits in the middle of what it covers. guidance: the scale, and steps: the
+        number of sampling steps, one for all or [batch], of networks that take them as a condition (`dial`, `shortcuts`); ignored by
+        others. Returns the shape of `sample`, or of the patches that a route did not drop.
         """
         whole = sample.ndim == 4
         patches = patchify(sample, self.patch_size) if whole else sample
@@ -164,6 +164,10 @@ class Denoiser(ModelMixin, ConfigMixin):
     ) -> Float[Tensor, "batch out features"]:
         """Predict the target on patches [batch, kept, features]; `kept` and `route` are of tokens. shift: added to the time's embedding."""
         raise NotImplementedError
+
+    def _class(self, table: nn.Embedding, labels: Tensor) -> Float[Tensor, "batch width"]:
+        """The embedding of a class, or of a mixture of classes."""
+        return labels.to(table.weight) @ table.weight if labels.is_floating_point() else table(labels)
 
     def _pooled(self, table: Tensor, factor: int) -> Tensor:
         """Means [patches / factor^2, width] of a table [patches, width] over squares of neighbours."""

@@ -112,7 +112,7 @@ class DiT(Denoiser):
         x = in_compute_precision(self.patch_embedding(patches) + positions)
         condition = self.time_embedding(sinusoidal(t, 256))
         if self.class_embedding is not None and labels is not None:
-            condition = condition + self.class_embedding(labels)
+            condition = condition + self._class(self.class_embedding, labels)
         condition = nn.functional.silu(condition if shift is None else condition + shift)
         turn = self.rotary(kept) if reduced == 1 else turned(self._pooled(self.rotary.angles, reduced)[None])
         everything, whole_turn = x, turn

@@ -105,7 +105,7 @@ class UViT(Denoiser):
         time = sinusoidal(t, x.shape[-1])
         extras = [time if shift is None else time + shift]
         if self.class_embedding is not None and labels is not None:
-            extras.insert(0, self.class_embedding(labels))
+            extras.insert(0, self._class(self.class_embedding, labels))
         x = in_compute_precision(torch.cat([torch.stack(extras, dim=1) + table[: self.num_extras], x], dim=1))
         inner = None if route is None or route.kept is None else self._with_extras(route.kept)
         skips, everything, count = list[Tensor](), x, 2 * len(self.down_blocks) + 1

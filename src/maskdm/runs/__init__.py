@@ -19,7 +19,7 @@ from maskdm.runs.observe import Diverged
 from maskdm.runs.pack import PackRequest, pack_data
 from maskdm.runs.push import PushRequest, push
 from maskdm.runs.resolve import TrainRequest
-from maskdm.runs.sample import SampleRequest, sample, sampling_settings
+from maskdm.runs.sample import SampleRequest, sample, sampling_settings, wishes_of
 from maskdm.runs.store import load_pipeline
 from maskdm.runs.sweep import SweepRequest, ema_sweep, parse_lengths
 from maskdm.runs.train import Interrupted, train
@@ -64,7 +64,7 @@ def sample_run(request: SampleRequest, display: Display) -> list[Path]:
         shown.note(f"weights: {origin}")
         settings = sampling_settings(RunDirectory(request.run).config(), request)
         with shown.counting(f"drawing {request.num} images") as progress:
-            paths = sample(request, pipeline, settings, ranks, progress)
+            paths = sample(request, pipeline, settings, wishes_of(request, pipeline), ranks, progress)
         return paths if ranks.first else []
 
 

@@ -10,7 +10,8 @@ from maskdm.data import Dataset, Summary, duplicates, inspect, open_source, prep
 from maskdm.engine import this_machine
 from maskdm.recipes import choose
 from maskdm.runs.display import Display
-from maskdm.runs.resolve import facts_of, parse_size
+from maskdm.runs.resolve import facts_of
+from maskdm.runs.sizes import parse_size
 from maskdm.runs.store import cache_directory
 
 LISTED = 50

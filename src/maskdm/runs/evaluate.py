@@ -35,9 +35,9 @@ from maskdm.runs.directory import RunDirectory, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
 from maskdm.runs.latents import with_latents
-from maskdm.runs.resolve import parse_size
-from maskdm.runs.sample import SampleRequest, draw_images, sampling_settings
+from maskdm.runs.sample import SampleRequest, draw_images, sampler, sampling_settings
 from maskdm.runs.sets import CLASSES, LEAST_HELDOUT, dataset_of, image_set, images_and_labels, natural_labels, sets_of
+from maskdm.runs.sizes import parse_size
 from maskdm.runs.store import cache_directory, load_pipeline, state_hash
 from maskdm.sampling import make_scheduler
 
@@ -104,6 +104,9 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
         "eta": settings.eta,
         "guidance": settings.guidance,
         "guide": settings.guide,
+        "guidance_window": settings.guidance_window,
+        "guidance_rescale": settings.guidance_rescale,
+        "threshold": settings.threshold,
         "seed": sampled.seed,
         "classes": None if labels is None else CLASSES,
         "data": info["data"]["name"],
@@ -147,10 +150,7 @@ def _draw(
     how = [
         maskdm.__version__,
         settings.scheduler,
-        settings.steps,
-        settings.eta,
-        settings.guidance,
-        settings.guide,
+        sampler(settings),
         request.seed,
         request.num,
         machine.device.type,

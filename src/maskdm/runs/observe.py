@@ -25,7 +25,7 @@ from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
 from maskdm.runs.losses import Losses
 from maskdm.runs.plan import stage_records
-from maskdm.runs.sample import draw_images, sampling_in_stage
+from maskdm.runs.sample import draw_images, sampler, sampling_in_stage
 from maskdm.runs.store import checkpoint_name, checkpoint_numbers, load_state, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
 from maskdm.sampling import seeded
@@ -363,17 +363,13 @@ class Observer:
         """From noise to image: a row per image, the state at evenly spaced steps. Where noise is larger than the image, scaled."""
         pipeline, steps = make_pipeline(self.network, self.config, self.classes), list[torch.Tensor]()
         labels = [i * len(self.classes) // STRIP_ROWS for i in range(STRIP_ROWS)] if self.classes else None
-        settings = self.config.sampling
         with autocast(self.trainer.device, self.trainer.precision):
             pipeline(
                 batch_size=STRIP_ROWS,
                 class_labels=labels,
                 generator=seeded(self.config.seed, range(STRIP_ROWS)),
-                num_inference_steps=settings.steps,
-                eta=settings.eta,
-                guidance_scale=settings.guidance,
-                guide=settings.guide,
                 on_step=lambda _, x: steps.append(x.float().cpu()),
+                **sampler(self.config.sampling),
             )
         chosen = np.linspace(0, len(steps) - 1, min(STRIP_COLUMNS, len(steps))).round().astype(int)
         decoded = [pipeline.to_pixels(steps[i]) for i in chosen]

@@ -12,7 +12,8 @@ from maskdm.engine import this_machine
 from maskdm.errors import UserError
 from maskdm.recipes import choose
 from maskdm.runs.display import Display
-from maskdm.runs.resolve import facts_of, parse_size
+from maskdm.runs.resolve import facts_of
+from maskdm.runs.sizes import parse_size
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from typing import Any
 from maskdm.config import Config
 from maskdm.data import Source, Summary, inspect, open_source
 from maskdm.engine import Machine, adapters, this_machine
-from maskdm.errors import UserError, shorten
+from maskdm.errors import UserError
 from maskdm.recipes import choose, recipe
 from maskdm.recipes.automatic import Facts
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.latents import with_shape
 from maskdm.runs.sample import check_guidance
+from maskdm.runs.sizes import parse_size
 from maskdm.sampling import make_scheduler
 from maskdm.settings import differences, find, merge, override, read_yaml
 from maskdm.tracking import require
@@ -157,14 +158,6 @@ def facts_of(source: Source, summary: Summary, machine: Machine) -> Facts:
         on_cpu=machine.device.type == "cpu",
         flops=machine.flops,
     )
-
-
-def parse_size(size: Any) -> tuple[int, int]:
-    """Height and width from 64, "64", "64x96" or [64, 96]. Raises UserError."""
-    sides = [str(side) for side in size] if isinstance(size, list) else str(size).lower().split("x")
-    if not all(side.isdecimal() and 0 < len(side) < 10 for side in sides) or len(sides) not in (1, 2) or "0" in sides:
-        raise UserError(f"--image-size is '{shorten(str(size))}'; give a number of pixels, or height x width such as 64x96")
-    return int(sides[0]), int(sides[-1])
 
 
 def _check_same_data(run: RunDirectory, source: Source) -> None:

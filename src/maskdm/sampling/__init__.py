@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from maskdm.sampling.schedulers import make_scheduler, offered
-from maskdm.sampling.seeds import seeded
+from maskdm.sampling.seeds import seeded, slerp
 
 if TYPE_CHECKING:
     from maskdm.sampling.pipeline import MaskDMPipeline
 
-__all__ = ["MaskDMPipeline", "make_scheduler", "offered", "seeded"]
+__all__ = ["MaskDMPipeline", "make_scheduler", "offered", "seeded", "slerp"]
 
 
 def __getattr__(name: str) -> Any:

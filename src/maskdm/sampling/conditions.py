@@ -14,7 +14,7 @@ def conditions(network: Denoiser, guidance: float, guide: GuideName, steps: int)
     """
     if network.guidance_dial is not None:
         low, high = network.guidance_dial.low, network.guidance_dial.high
-        if guidance != 1 and (guide == "path" or not low <= guidance <= high):
+        if guidance != 1 and (guide != "label" or not low <= guidance <= high):
             raise UserError(f"this network is told the guidance scale, from {low:g} to {high:g}; give one of these, and guide label")
     return (
         {"guidance": float(guidance), "steps": float(steps)} if network.guidance_dial is not None or network.steps_dial is not None else {}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +12,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from maskdm.config import GuideName
-from maskdm.diffusion import Target, convert
+from maskdm.diffusion import Prediction, convert
 from maskdm.errors import UserError
-from maskdm.masking import Route
 from maskdm.models import Denoiser
 from maskdm.sampling.conditions import conditions
+from maskdm.sampling.guides import Guide, Labels, as_labels, guided
 from maskdm.sampling.schedulers import TARGETS, prediction_type
 
 DECODED = 8
@@ -68,42 +67,53 @@ class MaskDMPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         on_step: Callable[[int, Tensor], None] | None = None,
+        *,
+        guidance_window: tuple[float, float] = (0.0, float("inf")),
+        guidance_rescale: float = 0.0,
+        negative_labels: list[int] | Tensor | None = None,
+        weak: Denoiser | None = None,
+        threshold: float = 1.0,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw `batch_size` images.
 
-        class_labels: one per image, the null class (or None) for unconditional. generator: one, or one per image.
-        guidance_scale: 1 for none; above, guidance away from the null class (guide "label", arXiv 2207.12598), of conditional networks
-        only, or from what the outer blocks alone predict without a class (guide "path", arXiv 2510.21986), of networks with `fuse` only.
-        clip: keep the predicted image within [-1, 1] at each step. eta: 0..1, for ddim. on_step: called with the step
-        number and x_t. output_type: "pil", "np" [B, H, W, C] in 0..1, or "pt" [B, C, H, W] in 0..1.
-        Raises UserError for labels that do not fit.
+        class_labels: one per image, the null class (or None) for unconditional; or weights [B, classes + 1] of a mixture, which mixes the
+        classes' embeddings. generator: one, or one per image. latents: noise [B, C, H, W] to start from, instead of the generator's.
+        guidance_scale: 1 for none; above, guidance away from the null class or `negative_labels` (guide "label", arXiv 2207.12598),
+        of conditional networks only; from what the outer blocks alone predict without a class (guide "path", arXiv 2510.21986), of networks
+        with `fuse` only; or from what the network `weak` predicts (guide "auto", arXiv 2406.02507). It acts at noise levels within
+        guidance_window, sigma / alpha (arXiv 2404.07724): elsewhere a step costs one evaluation. guidance_rescale: 0..1, how far the
+        deviation of what guidance predicts is brought back to that without (arXiv 2305.08891, section 3.4).
+        clip: keep the predicted image within [-1, 1] at each step; threshold: below 1 the quantile of its absolute values that is kept and
+        scaled to 1, where it is larger (dynamic thresholding, arXiv 2205.11487). height and width: of an image larger than the network's,
+        in what it learned (pixels or latents), drawn as overlapping windows averaged at each step (arXiv 2302.08113). eta: 0..1, for ddim.
+        on_step: called with the step number and x_t. output_type: "pil", "np" [B, H, W, C] in 0..1, or "pt" [B, C, H, W] in 0..1.
+        Raises UserError for what does not fit.
         """
-        labels = self._labels(class_labels, batch_size)
-        clip = clip and self.vae is None  # latents have no bounds
-        if guide == "path" and not self.unet.fuse:
-            raise UserError("guide path needs a network with fuse, and this one has none; use guide label")
+        labels, negative = self._labels(class_labels, batch_size), self._labels(negative_labels, batch_size)
+        limit = (threshold if clip else None) if self.vae is None else None  # latents have no bounds
         asked = conditions(self.unet, guidance_scale, guide, num_inference_steps)
-        guided = self.unet.guidance_dial is None and guidance_scale != 1 and (guide == "path" or self.unet.num_classes > 0)
-        shape = (batch_size, self.unet.config["in_channels"], *self.unet.size)
-        x = randn_tensor(shape, generator=generator, device=self.device)
+        scale = 1.0 if self.unet.guidance_dial is not None else guidance_scale
+        lead = Guide(scale, guide, guidance_window, guidance_rescale, negative, weak)
+        lead.check(self.unet)
+        shape = (batch_size, self.unet.config["in_channels"], height or self.unet.size[0], width or self.unet.size[1])
+        x = self._noise(shape, generator, latents)
         if "clip_sample" in self.scheduler.config:  # on in the saved folder, for stock pipelines, which do not clip themselves
-            self.scheduler.register_to_config(clip_sample=clip)
+            self.scheduler.register_to_config(clip_sample=limit is not None)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        extra = {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
+        x, extra = x * getattr(self.scheduler, "init_noise_sigma", 1.0), self._accepted(generator, eta)
         steps: Any = self.progress_bar(self.scheduler.timesteps)  # pyright: ignore[reportCallIssue] - diffusers binds it oddly
         for number, t in enumerate(steps):
             model_input = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
-            output = self._predict(model_input, t, labels, guidance_scale if guided else 1.0, guide, asked)
-            x = self.scheduler.step(self._for_scheduler(output, model_input, t, clip), t, x, **extra).prev_sample
+            prediction = self._limited(self._guided(model_input, t, labels, lead, asked), model_input, t, limit)
+            output = getattr(prediction, TARGETS[prediction_type(self.scheduler)])
+            x = self.scheduler.step(output, t, x, **extra).prev_sample
             if on_step is not None:
                 on_step(number, x)
-        images = (self.to_pixels(x) / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            array = images.permute(0, 2, 3, 1).float().cpu().numpy()
-            images = self.numpy_to_pil(array) if output_type == "pil" else array
-        return ImagePipelineOutput(images=images) if return_dict else (images,)  # pyright: ignore[reportArgumentType]
+        images = self._as(output_type, (self.to_pixels(x) / 2 + 0.5).clamp(0, 1))
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
     def to_pixels(self, x: Tensor) -> Tensor:
@@ -114,44 +124,43 @@ class MaskDMPipeline(DiffusionPipeline):
         latents = x.to(self.vae.device) * std + mean
         return torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample for part in latents.split(DECODED)]).to(x.device)
 
-    def _labels(self, labels: list[int] | Tensor | None, batch: int) -> Tensor | None:
+    def _accepted(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
+        """Of these, what the scheduler's step takes."""
+        known = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in known}
+
+    def _as(self, output_type: str, images: Tensor) -> Any:
+        if output_type == "pt":
+            return images
+        array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None) -> Tensor:
+        if any(side < least for side, least in zip(shape[2:], self.unet.size, strict=True)):
+            raise UserError(f"images of {shape[2]}x{shape[3]} are smaller than the {self.unet.size[0]}x{self.unet.size[1]} of the network")
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self.device)
+        if tuple(latents.shape) != shape:
+            raise UserError(f"latents have the shape {tuple(latents.shape)}; give {shape}")
+        return latents.to(self.device)
+
+    def _labels(self, labels: list[int] | Tensor | None, batch: int) -> Labels | None:
         null = self.unet.num_classes
         if labels is None:
             return None if null == 0 else torch.full((batch,), null, device=self.device)
-        labels = torch.as_tensor(labels, device=self.device)
-        if null == 0:
-            raise UserError("this model knows no classes; leave the labels out")
-        if labels.shape != (batch,) or labels.min() < 0 or labels.max() > null:
-            raise UserError(f"give one label per image, from 0 to {null - 1} ({null} for none): {batch} images, labels {labels.tolist()}")
-        return labels
+        return as_labels(torch.as_tensor(labels, device=self.device), null, batch)
 
-    def _predict(
-        self,
-        x: Tensor,
-        t: Tensor,
-        labels: Tensor | None,
-        guidance: float,
-        guide: GuideName = "label",
-        asked: Mapping[str, float] = MappingProxyType({}),
-    ) -> Tensor:
-        if guidance == 1.0:
-            return self.unet(x, t, labels, **asked).sample
-        null = None if labels is None else torch.full_like(labels, self.unet.num_classes)
-        if guide == "path":
-            nothing = Route(torch.zeros(len(x), 0, dtype=torch.int64, device=x.device), self.unet.fuse, self.unet.fuse)
-            return torch.lerp(self.unet(x, t, null, route=nothing, **asked).sample, self.unet(x, t, labels, **asked).sample, guidance)
-        assert labels is not None and null is not None
-        conditional, unconditional = self.unet(torch.cat([x, x]), t, torch.cat([labels, null]), **asked).sample.chunk(2)
-        return torch.lerp(unconditional, conditional, guidance)
+    def _guided(self, x: Tensor, t: Tensor, labels: Labels | None, lead: Guide, asked: dict[str, float]) -> Prediction:
+        """What the network, guided, predicts at x_t."""
+        output = guided(self.unet, self.config["schedule"], x, t, labels, lead, asked)
+        return convert(self.config["schedule"], self.config["target"], output, x, t.to(x).expand(x.shape[0]))
 
-    def _for_scheduler(self, output: Tensor, x: Tensor, t: Tensor, clip: bool) -> Tensor:
-        """The network's output as the scheduler wants it, with the image clipped."""
-        target: Target = self.config["target"]
-        wanted = TARGETS[prediction_type(self.scheduler)]
-        if not clip and wanted == target:
-            return output
-        times = t.to(x).expand(x.shape[0])
-        prediction = convert(self.config["schedule"], target, output, x, times)
-        if clip:
-            prediction = convert(self.config["schedule"], "x0", prediction.x0.clamp(-1, 1), x, times)
-        return getattr(prediction, wanted)
+    def _limited(self, prediction: Prediction, x: Tensor, t: Tensor, limit: float | None) -> Prediction:
+        """The prediction with its image kept within [-1, 1], or within the quantile of its values that is scaled to that."""
+        if limit is None:
+            return prediction
+        x0 = prediction.x0
+        if limit < 1:
+            most = x0.abs().flatten(1).float().quantile(limit, dim=1).clamp(min=1).to(x0)[:, None, None, None]
+            x0 = x0.clamp(-most, most) / most
+        return convert(self.config["schedule"], "x0", x0.clamp(-1, 1), x, t.to(x).expand(x.shape[0]))
