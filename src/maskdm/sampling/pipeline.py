@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from maskdm.diffusion import Prediction, convert
 from maskdm.errors import UserError
 from maskdm.models import Denoiser
 from maskdm.sampling.conditions import conditions
+from maskdm.sampling.guidance import Guidance, Moment
 from maskdm.sampling.guides import Guide, Labels, as_labels, guided
 from maskdm.sampling.schedulers import TARGETS, prediction_type
 
@@ -76,6 +78,9 @@ class MaskDMPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
+        image: Tensor | None = None,
+        strength: float = 1.0,
+        guidance: Guidance | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw `batch_size` images.
 
@@ -88,8 +93,10 @@ class MaskDMPipeline(DiffusionPipeline):
         deviation of what guidance predicts is brought back to that without (arXiv 2305.08891, section 3.4).
         clip: keep the predicted image within [-1, 1] at each step; threshold: below 1 the quantile of its absolute values that is kept and
         scaled to 1, where it is larger (dynamic thresholding, arXiv 2205.11487). height and width: of an image larger than the network's,
-        in what it learned (pixels or latents), drawn as overlapping windows averaged at each step (arXiv 2302.08113). eta: 0..1, for ddim.
-        on_step: called with the step number and x_t. output_type: "pil", "np" [B, H, W, C] in 0..1, or "pt" [B, C, H, W] in 0..1.
+        in what it learned (pixels or latents), drawn as overlapping windows averaged at each step (arXiv 2302.08113).
+        image: [B, C, H, W] in -1..1 to start from, noised as far as `strength`, 0..1, of the steps go back (SDEdit, arXiv 2108.01073).
+        guidance: called at each step between network and scheduler (sampling/guidance.py). eta: 0..1, for ddim. on_step: called with the
+        step number and x_t. output_type: "pil", "np" [B, H, W, C] in 0..1, or "pt" [B, C, H, W] in 0..1.
         Raises UserError for what does not fit.
         """
         labels, negative = self._labels(class_labels, batch_size), self._labels(negative_labels, batch_size)
@@ -103,15 +110,9 @@ class MaskDMPipeline(DiffusionPipeline):
         if "clip_sample" in self.scheduler.config:  # on in the saved folder, for stock pipelines, which do not clip themselves
             self.scheduler.register_to_config(clip_sample=limit is not None)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-        x, extra = x * getattr(self.scheduler, "init_noise_sigma", 1.0), self._accepted(generator, eta)
-        steps: Any = self.progress_bar(self.scheduler.timesteps)  # pyright: ignore[reportCallIssue] - diffusers binds it oddly
-        for number, t in enumerate(steps):
-            model_input = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
-            prediction = self._limited(self._guided(model_input, t, labels, lead, asked), model_input, t, limit)
-            output = getattr(prediction, TARGETS[prediction_type(self.scheduler)])
-            x = self.scheduler.step(output, t, x, **extra).prev_sample
-            if on_step is not None:
-                on_step(number, x)
+        x, begin = self._noised(image, x, strength)
+        predict = partial(self._predicted, labels=labels, lead=lead, asked=asked, limit=limit)
+        x = self._stepped(x, begin, predict, guidance, self._accepted(generator, eta), on_step)
         images = self._as(output_type, (self.to_pixels(x) / 2 + 0.5).clamp(0, 1))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -123,6 +124,53 @@ class MaskDMPipeline(DiffusionPipeline):
         mean, std = (torch.tensor(self.config[name], device=self.vae.device)[:, None, None] for name in ("latent_mean", "latent_std"))
         latents = x.to(self.vae.device) * std + mean
         return torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample for part in latents.split(DECODED)]).to(x.device)
+
+    def _stepped(
+        self,
+        x: Tensor,
+        begin: int,
+        predict: Callable[[Tensor, Tensor], Prediction],
+        guidance: Guidance | None,
+        extra: dict[str, Any],
+        on_step: Callable[[int, Tensor], None] | None,
+    ) -> Tensor:
+        """The scheduler's steps, from the one numbered `begin`."""
+        times, scheduler = self.scheduler.timesteps[begin:], self.scheduler
+        steps: Any = self.progress_bar(times)  # pyright: ignore[reportCallIssue] - diffusers binds it oddly
+        for number, t in enumerate(steps):
+            seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            if guidance is None:
+                prediction = predict(seen, t)
+            else:
+                moment = Moment(number, t, times[number + 1] if number + 1 < len(times) else None, self.config["schedule"])
+                changed, prediction = guidance(moment, seen, lambda noisy, t=t: predict(noisy, t))
+                x = changed * (x.norm() / seen.norm()) if changed is not seen else x  # schedulers may hold it at another scale
+            output = getattr(prediction, TARGETS[prediction_type(scheduler)])
+            x = scheduler.step(output, t, x, **extra).prev_sample
+            if on_step is not None:
+                on_step(number, x)
+        return x
+
+    def _noised(self, image: Tensor | None, noise: Tensor, strength: float) -> tuple[Tensor, int]:
+        """What the scheduler starts from: an image, or none, at the noise of a step, and the step's number."""
+        if image is None:
+            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0), 0
+        if image.shape != noise.shape or not 0 < strength <= 1:
+            raise UserError(f"give an image of the shape {tuple(noise.shape)}, and a strength above 0, at most 1")
+        times = self.scheduler.timesteps
+        begin = min(len(times) - 1, len(times) - round(strength * len(times)))
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        add = self.scheduler.add_noise if hasattr(self.scheduler, "add_noise") else None
+        at = times[begin : begin + 1]
+        image = image.to(noise)
+        noised = self.scheduler.scale_noise(image, at, noise) if add is None else add(image, noise, at.expand(len(image)))
+        return noised, begin
+
+    def _predicted(
+        self, x: Tensor, t: Tensor, labels: Labels | None, lead: Guide, asked: dict[str, float], limit: float | None
+    ) -> Prediction:
+        return self._limited(self._guided(x, t, labels, lead, asked), x, t, limit)
 
     def _accepted(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
         """Of these, what the scheduler's step takes."""

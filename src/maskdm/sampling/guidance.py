@@ -1,0 +1,178 @@
+"""Training-free guidance: images drawn by a network that was trained for none of it, so that they fulfil a task.
+
+At each step the predicted image is moved towards the task: by the gradient through the network (arXiv 2209.14687, 2302.07121; of a linear
+task PiGDM's), by the task's own step alone, or by both; steps may be repeated after noise was put back (self-recurrence, 2302.07121,
+algorithm 1). What is cheap of this (2312.13253): no pass back through the network, noise levels at which it matters alone, a correction
+kept for some steps, repeats only while they help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from maskdm.diffusion import Prediction, Schedule, alpha_sigma, convert
+from maskdm.errors import UserError
+from maskdm.sampling.tasks import Task
+
+Predict = Callable[[Tensor], Prediction]
+"""What the network, guided by classes or not, predicts at x_t; differentiable where gradients are asked for."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A step: its number, its time, the next step's (None: it is the last) and the noise schedule."""
+
+    number: int
+    t: Tensor
+    after: Tensor | None
+    schedule: Schedule
+
+    def scales(self, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """alpha and sigma, of this step's time or another; of a clean image before the first."""
+        if t is None:
+            t = self.t
+        alpha, sigma = alpha_sigma(self.schedule, t.float().reshape(1))
+        return alpha, sigma
+
+
+@runtime_checkable
+class Guidance(Protocol):
+    """Called at each step of sampling, between the network and the scheduler."""
+
+    def __call__(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Tensor, Prediction]:
+        """x_t (as it is, or noised anew) and what the scheduler is to take for the network's prediction at it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How a task leads.
+
+    through: by the gradient through the network, too. steps: of the task's own on the predicted image. strength: of both. repeats: times
+    that a step is taken; falling: no more of them once one lowers the loss by less than a tenth. window: noise levels (sigma / alpha) at
+    which it acts. reuse: steps for which a correction is kept, this one counted. variance: of an image's values, which says how far the
+    gradient goes.
+    """
+
+    through: bool = True
+    steps: int = 1
+    strength: float = 1.0
+    repeats: int = 1
+    falling: bool = False
+    window: tuple[float, float] = (0.0, float("inf"))
+    reuse: int = 1
+    variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("repeats", 1), ("reuse", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.steps == 0 and not self.through:
+            raise UserError("neither the gradient through the network nor a step of the task's own is taken; ask for one")
+
+
+Method = Literal["full", "cheap", "project"]
+
+METHODS: dict[Method, Steering] = {
+    "full": Steering(through=True, steps=2, repeats=4),
+    "cheap": Steering(through=False, steps=1, repeats=3, falling=True, window=(0.02, 20.0), reuse=2),
+    "project": Steering(through=False, steps=1),
+}
+"""full: universal guidance; cheap: arXiv 2312.13253; project: of a linear task the null-space method (arXiv 2212.00490)."""
+
+
+@dataclass
+class Cost:
+    """Evaluations of the network, each of a batch and twice the work under guidance by classes; passes back through it."""
+
+    evaluations: int = 0
+    backward: int = 0
+
+
+@dataclass
+class Steered:
+    """The guidance that fulfils a task. `generator` draws the noise of repeats."""
+
+    task: Task
+    steering: Steering
+    generator: torch.Generator | None = None
+    cost: Cost = field(default_factory=Cost)
+    _kept: Tensor | None = None
+    _left: int = 0
+
+    def __call__(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Tensor, Prediction]:
+        """As `Guidance` has it."""
+        alpha, sigma = moment.scales()
+        low, high = self.steering.window
+        if not low <= float(sigma / alpha.clamp(min=1e-8)) <= high:
+            return x, self._predict(x, predict)
+        loss: Tensor | None = None
+        for again in range(self.steering.repeats):
+            prediction, before = self._corrected(moment, x, predict)
+            last = again + 1 == self.steering.repeats or moment.after is None
+            if self.steering.falling and loss is not None:
+                last = last or bool(before.mean() > 0.9 * loss.mean())
+            if last:
+                return x, prediction
+            x, loss = self._again(moment, x, prediction), before
+        raise AssertionError("repeats is at least 1")
+
+    def _predict(self, x: Tensor, predict: Predict) -> Prediction:
+        self.cost.evaluations += 1
+        return predict(x)
+
+    def _corrected(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor]:
+        """The prediction moved towards the task, and the loss of what the network predicted [batch]."""
+        if self._left > 0 and self._kept is not None:
+            prediction = self._predict(x, predict)
+            self._left -= 1
+            return self._at(moment, x, prediction.x0 + self._kept), self.task.loss(prediction.x0)
+        prediction, moved, loss = self._through(moment, x, predict) if self.steering.through else self._plain(x, predict)
+        for _ in range(self.steering.steps):
+            moved = torch.lerp(moved, self.task.step(moved), self.steering.strength)
+        self._kept, self._left = moved - prediction.x0, self.steering.reuse - 1
+        return self._at(moment, x, moved), loss
+
+    def _plain(self, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor, Tensor]:
+        prediction = self._predict(x, predict)
+        return prediction, prediction.x0, self.task.loss(prediction.x0)
+
+    def _through(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor, Tensor]:
+        """The gradient of the loss with respect to x_t, as a change of the predicted image.
+
+        By Tweedie's formula a score g changes it by sigma^2 / alpha g; the score of what is known is the gradient over r^2, the variance
+        that an image of variance v has left at x_t: v sigma^2 / (v alpha^2 + sigma^2) (PiGDM, section 3.2). So the factor is
+        (alpha^2 + sigma^2 / v) / alpha.
+        """
+        alpha, sigma = moment.scales()
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            prediction = self._predict(x, predict)
+            loss = self.task.loss(prediction.x0)
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+        self.cost.backward += 1
+        found = Prediction(prediction.x0.detach(), prediction.eps.detach(), prediction.v.detach())
+        factor = self.steering.strength * (alpha.square() + sigma.square() / self.steering.variance) / alpha.clamp(min=1e-3)
+        return found, found.x0 - factor[:, None, None, None].to(gradient) * gradient, loss.detach()
+
+    def _at(self, moment: Moment, x: Tensor, image: Tensor) -> Prediction:
+        return convert(moment.schedule, "x0", image.clamp(-1, 1), x, moment.t.to(x).expand(len(x)))
+
+    def _again(self, moment: Moment, x: Tensor, prediction: Prediction) -> Tensor:
+        """x_t anew: a step to the next time, and noise back (arXiv 2302.07121, algorithm 1)."""
+        assert moment.after is not None
+        (alpha, sigma), (alpha_after, sigma_after) = moment.scales(), moment.scales(moment.after)
+        lower = alpha_after * prediction.x0 + sigma_after * prediction.eps
+        back = alpha / alpha_after
+        noise = torch.randn(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
+        return (back * lower + (sigma.square() - (back * sigma_after).square()).clamp(min=0).sqrt() * noise).to(x.dtype)
+
+
+def with_strength(method: Method, strength: float) -> Steering:
+    """A method by its name, as strong as asked."""
+    return replace(METHODS[method], strength=strength)
