@@ -36,10 +36,10 @@ PUBLIC = {
     "maskdm.recipes": ["OFFERED", "RECIPES", "Choice", "choose", "recipe"],
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
-        "CompareRequest", "Display", "DistilRequest", "Diverged", "EvaluateRequest", "ExportRequest", "Interrupted", "Lost", "PackRequest",
-        "PushRequest", "SampleRequest", "SweepRequest", "TrainRequest",
-        "compare", "compare_reports", "describe_data", "distil_run", "ema_sweep", "evaluate", "export", "pack_data", "parse_formats",
-        "parse_lengths", "plan", "push", "report_run", "sample_run", "train",
+        "CompareRequest", "Display", "DistilRequest", "Diverged", "EditRequest", "EvaluateRequest", "ExportRequest", "Interrupted", "Lost",
+        "PackRequest", "PushRequest", "SampleRequest", "SweepRequest", "TrainRequest",
+        "compare", "compare_reports", "describe_data", "distil_run", "edit", "ema_sweep", "evaluate", "export", "pack_data",
+        "parse_formats", "parse_lengths", "plan", "push", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

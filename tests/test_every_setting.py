@@ -128,13 +128,13 @@ CHANGES: dict[str, str] = {
     "sampling.guide": "path",
     "sampling.guidance_window": "0.5,2",
     "sampling.guidance_rescale": "0.7",
-    "sampling.threshold": "0.5",
     "seed": "1",
 }
 """Settings whose change must show in the data, the network, the trained weights or the samples."""
 
 ELSEWHERE = {
     "data.shuffle",  # tests/test_shards_training.py
+    "sampling.threshold",  # tests/test_sampling.py
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
     "model.dial", "model.shortcuts",  # tests/test_distillation.py, with the settings of lessons
     "lora.rank", "lora.scale",  # tests/test_lora.py

@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from maskdm import __version__
+from maskdm.cli_edit import Edit, change
 from maskdm.cli_export import Export, Pack, Push, give
 from maskdm.cli_sample import PrecisionName, Run, Sample, WeightsName
 from maskdm.command_line import OPTIONS, TRAIN_OPTIONS, CommandLine, split_settings
@@ -188,6 +189,7 @@ Verb = (
     | Annotated[DataVerb, subcommand("data")]
     | Annotated[Pack, subcommand("pack")]
     | Annotated[Sample, subcommand("sample")]
+    | Annotated[Edit, subcommand("edit")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[EmaSweep, subcommand("ema-sweep")]
     | Annotated[Report, subcommand("report")]
@@ -195,7 +197,7 @@ Verb = (
     | Annotated[Push, subcommand("push")]
 )
 
-AnyVerb = Train | Plan | Compare | Distil | DataVerb | Pack | Sample | Evaluate | EmaSweep | Report | Export | Push
+AnyVerb = Train | Plan | Compare | Distil | DataVerb | Pack | Sample | Edit | Evaluate | EmaSweep | Report | Export | Push
 
 
 def main() -> None:
@@ -313,6 +315,8 @@ def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str
             request = runs.SampleRequest(**vars(verb))
             paths = runs.sample_run(request, runs.Display())
             _say(f"{len(paths) - 1} images in {verb.out}; overview in {paths[-1]}" if paths else "")
+        case Edit():
+            print(change(verb))
         case Evaluate():
             _say(_evaluate(verb))
         case EmaSweep():

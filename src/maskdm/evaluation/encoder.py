@@ -42,8 +42,8 @@ class Encoder(nn.Module):
         # a quarter less time per step on a CPU
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    def prepare(self, images: UInt8[Tensor, "_ _ _ _"]) -> Float[Tensor, "_ _ _ _"]:
-        """To the encoder's size, and to mean 0 and deviation 1 over the training images."""
+    def prepare(self, images: UInt8[Tensor, "_ _ _ _"] | Float[Tensor, "_ _ _ _"]) -> Float[Tensor, "_ _ _ _"]:
+        """From 0..255 to the encoder's size, and to mean 0 and deviation 1 over the training images."""
         pixels = images.float() / 255
         if self.size != self.shape[1:]:
             pixels = F.interpolate(pixels, self.size, mode="area")

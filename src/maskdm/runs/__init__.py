@@ -12,6 +12,7 @@ from maskdm.runs.data import describe_data
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
 from maskdm.runs.distil import DistilRequest, distil_run
+from maskdm.runs.edit import EditRequest, edit
 from maskdm.runs.evaluate import EvaluateRequest, evaluate
 from maskdm.runs.export import ExportRequest, export, parse_formats
 from maskdm.runs.forecast import plan
@@ -29,6 +30,7 @@ __all__ = [
     "Display",
     "DistilRequest",
     "Diverged",
+    "EditRequest",
     "EvaluateRequest",
     "ExportRequest",
     "Interrupted",
@@ -42,6 +44,7 @@ __all__ = [
     "compare_reports",
     "describe_data",
     "distil_run",
+    "edit",
     "ema_sweep",
     "evaluate",
     "export",
