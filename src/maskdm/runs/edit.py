@@ -137,7 +137,9 @@ def _draw(
     images = drawn.images.float() * 2 - 1
     if isinstance(asked.task, Inpaint):  # to the last bit, whatever the last step did
         images = torch.where(asked.task.where, asked.task.known, images)
-    return images, Cost(evaluations=settings.steps) if guidance is None else guidance.cost
+    if guidance is None:
+        return images, Cost(evaluations=round(settings.steps * (0.6 if request.strength is None else request.strength)))
+    return images, guidance.cost
 
 
 def _about(request: EditRequest, asked: _Asked, images: Tensor, cost: Cost, seconds: float) -> dict[str, Any]:
