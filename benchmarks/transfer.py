@@ -19,10 +19,12 @@ NETWORK = ["--recipe", "transfer-pretrain", "--image-size", "32", "--model.patch
 """256 tokens, and a network for two cores."""
 
 STAGES = {
-    "masked": ["--pretrain.mask", "patch", "--pretrain.mask.ratio", "0.75", "--pretrain.batch", "16"],
-    "whole": ["--pretrain.mask", "none", "--pretrain.batch", "8"],
+    "masked": ["--pretrain.mask", "patch", "--pretrain.mask.ratio", "0.75", "--pretrain.batch", "32"],
+    "whole": ["--pretrain.mask", "none", "--pretrain.batch", "16"],
 }
-"""Batches of about the same cost; 8 whole images a step learn fastest here (docs/experiments.md)."""
+"""The batches of the recipes (docs/experiments.md)."""
+
+SAMPLER = ["--sampling.scheduler", "dpm++", "--sampling.steps", "20"]
 
 COLUMNS = ("loss", "distance", "kernel_distance", "precision", "recall", "copies")
 
@@ -48,9 +50,9 @@ def pretrain(given: argparse.Namespace, kind: str, seed: int) -> None:
 def fine_tune(given: argparse.Namespace, name: str, data: str, limit: int) -> dict[str, Any]:
     """The comparison on `limit` images of a set."""
     out = given.out / f"{name}-{limit}"
-    arms = [f"scratch=whole/batch=8/lr={given.scratch_lr}"]
-    arms += [f"{kind}=whole/batch=8/lr={given.tune_lr}/init={pretrained(given.out, kind, '{seed}')}" for kind in STAGES]
-    settings = ["--data.limit", str(limit), "--data.flip", "0.5" if name == "flowers" else "0"]
+    arms = [f"scratch=whole/batch=16/lr={given.scratch_lr}"]
+    arms += [f"{kind}=whole/batch=16/lr={given.tune_lr}/init={pretrained(given.out, kind, '{seed}')}" for kind in STAGES]
+    settings = ["--data.limit", str(limit), "--data.flip", "0.5" if name == "flowers" else "0", *SAMPLER]
     budget = ["--budget", given.budget, "--seeds", str(given.seeds), "--features", given.features, "--num", str(given.num)]
     network = [word if word != "transfer-pretrain" else "transfer" for word in NETWORK]
     subprocess.run(command("compare", data, *network, *settings, *budget, "--arms", ",".join(arms), "--out", str(out)), check=True)

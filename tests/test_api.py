@@ -9,10 +9,13 @@ import pytest
 PUBLIC = {
     "maskdm": ["DiT", "MaskDMPipeline", "UViT", "__version__"],
     "maskdm.data": [
-        "Batch", "BrokenImage", "Dataset", "Feed", "Loader", "Loss", "Pixels", "ShardLoader", "Source", "Summary", "cache_directory",
-        "decode", "duplicates", "flip", "inspect", "make_loader", "open_source", "pack", "prepare", "to_model_range", "to_uint8",
+        "Batch", "BrokenImage", "Dataset", "Feed", "Latents", "Loader", "Loss", "Pixels", "ShardLoader", "Source", "Summary",
+        "cache_directory", "decode", "duplicates", "flip", "inspect", "make_loader", "open_source", "pack", "prepare", "to_model_range",
+        "to_uint8",
     ],
-    "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "haar", "inverse_haar", "patchify", "unpatchify"],
+    "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "encode", "haar", "inverse_haar", "open_autoencoder",
+        "patchify", "unpatchify",
+    ],
     "maskdm.engine": [
         "Average", "Checkpoint", "Lost", "Machine", "PowerAverages", "Precision", "Probe", "Progress", "Ranks", "Skipped", "StageProgress",
         "Step",
@@ -29,12 +32,14 @@ PUBLIC = {
         "frechet_distance", "frechet_halves", "frechet_infinity", "frechet_standard_error", "is_self",
         "kernel_distance", "load_network", "load_self", "manifold", "nearest", "overfitting", "train_self",
     ],
+    "maskdm.export": ["CODE", "SAMPLER", "Facts", "bundle", "card", "write_folder", "write_onnx", "write_program"],
     "maskdm.recipes": ["OFFERED", "RECIPES", "Choice", "choose", "recipe"],
     "maskdm.report": ["compare_runs", "write_report"],
     "maskdm.runs": [
-        "CompareRequest", "Display", "Diverged", "EvaluateRequest", "Interrupted", "Lost", "PackRequest", "SampleRequest", "SweepRequest",
-        "TrainRequest", "compare", "compare_reports", "describe_data", "ema_sweep", "evaluate", "pack_data", "parse_lengths", "plan",
-        "report_run", "sample_run", "train",
+        "CompareRequest", "Display", "DistilRequest", "Diverged", "EvaluateRequest", "ExportRequest", "Interrupted", "Lost", "PackRequest",
+        "PushRequest", "SampleRequest", "SweepRequest", "TrainRequest",
+        "compare", "compare_reports", "describe_data", "distil_run", "ema_sweep", "evaluate", "export", "pack_data", "parse_formats",
+        "parse_lengths", "plan", "push", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip
 

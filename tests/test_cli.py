@@ -260,13 +260,13 @@ def test_init_prints_the_weight_report(finished: Path, tmp_path: Path, capsys: p
     said = capsys.readouterr().err
     assert code == 0, said
     for line in (
-        "re-initialised: class_embedding.weight (10 -> 3 classes)",
-        "re-initialised: patch_embedding.weight (1 -> 3 channels)",
+        "resized: class_embedding.weight (10 -> 3 classes: 3 known by name, 0 new)",
+        "resized: patch_embedding.weight (1 -> 3 channels)",
     ):
         assert line in said
     assert {each["fate"] for each in json.loads((tmp_path / "tuned" / "run.json").read_text())["init"]} == {
         "loaded",
-        "re-initialised",
+        "resized",
     }
 
 

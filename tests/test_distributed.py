@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from maskdm.cli import run_command
 from maskdm.engine import checkpoint
@@ -32,17 +34,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
-def start(
-    world: int, out: Path, cache: str, *more: str, code: str | None = None, command: list[str] | None = None
-) -> list[subprocess.Popen[str]]:
+def start(world: int, out: Path, cache: str, *more: str, code: str | None = None) -> list[subprocess.Popen[str]]:
     """The processes of a run, as torchrun would start them; `code` runs before it."""
+    return processes_of(world, [*TRAIN, "--out", str(out), *more], cache, code)
+
+
+def processes_of(world: int, arguments: list[str], cache: str, code: str | None = None) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = os.environ | {"MASKDM_CACHE": cache, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     shared |= {"LOCAL_WORLD_SIZE": str(world), "GOMP_SPINCOUNT": "1000"}
-    words = command or [*TRAIN, "--out", str(out), *more]
-    main = f"import sys; from maskdm.cli import run_command; {code or 'pass'}\nsys.exit(run_command({words!r}))"
+    main = f"import sys; from maskdm.cli import run_command; {code or 'pass'}\nsys.exit(run_command({arguments!r}))"
     return [
         subprocess.Popen(
             [sys.executable, "-c", main],
@@ -102,6 +105,22 @@ def test_several_processes_train_as_one_does(world: int, alone: Path, tmp_path: 
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
     assert json.loads((out / "run.json").read_text())["environment"]["processes"] == world
     assert (out / "samples.png").is_file() and (out / "model").is_dir()
+
+
+def test_several_processes_share_samples_and_their_measurement(alone: Path, tmp_path: Path, cache: str) -> None:
+    measured = []
+    for world in (1, 3):
+        out, draw = tmp_path / str(world), ["--steps", "3", "--precision", "fp32", "--num"]
+        drawn = finish(processes_of(world, ["sample", str(alone), "--out", str(out), *draw, "2"], cache))  # fewer images than processes
+        assert [(code, bool(text)) for code, text, _ in drawn] == [(0, True), *[(0, False)] * (world - 1)], drawn
+        found = out / "found.json"
+        ended = finish(processes_of(world, ["evaluate", str(alone), *draw, "50", "--out", str(found)], cache))
+        assert [(code, bool(text)) for code, text, _ in ended] == [(0, True), *[(0, False)] * (world - 1)], ended
+        measured.append(json.loads(found.read_text())["frechet_distance"])
+    for name in ("sample-000000.png", "sample-000001.png", "grid.png"):
+        one, three = (np.asarray(Image.open(tmp_path / world / name)).astype(int) for world in "13")
+        assert np.abs(one - three).max() <= 1
+    assert measured[1] == pytest.approx(measured[0], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from maskdm.recipes import RECIPES, recipe
 from maskdm.settings import find
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("guide.md", "evaluation.md", "recipes.md"))]
+NAMES = ("guide.md", "evaluation.md", "recipes.md", "distillation.md", "export.md")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in NAMES)]
 
 
 def blocks(page: Path, language: str) -> list[str]:

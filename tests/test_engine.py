@@ -368,8 +368,8 @@ def small(size: int | tuple[int, int] = 8, channels: int = 1, classes: int = 10,
     return UViT(size, channels, patch, width, 3, 2, num_classes=classes)
 
 
-def fates(source: UViT, target: UViT) -> dict[str, str]:
-    return {each.name: each.fate for each in transfer(source, source.state_dict(), target) if each.fate != "loaded"}
+def fates(source: UViT, target: UViT, classes: tuple[list[str], list[str]] | None = None) -> dict[str, str]:
+    return {each.name: each.fate for each in transfer(source, source.state_dict(), target, classes) if each.fate != "loaded"}
 
 
 def test_the_same_network_is_loaded_whole() -> None:
@@ -398,12 +398,61 @@ def test_grids_of_equal_count_and_other_shape_are_resized() -> None:
     assert fates(small((4, 16)), small((8, 8))) == {"positions.weight": "resized"}
 
 
-def test_channels_and_classes_to_and_from_none() -> None:
-    assert fates(small(), small(channels=3)) == dict.fromkeys(("patch_embedding.weight", "out.weight", "out.bias"), "re-initialised")
+def test_classes_to_and_from_none() -> None:
     source, target = small(classes=0), small(classes=10)
     assert fates(source, target) == {"positions.weight": "resized", "class_embedding.weight": "re-initialised"}
     assert torch.equal(source.positions.weight[0], target.positions.weight[1])  # the time token's position
     assert fates(small(classes=10), small(classes=0)) == {"positions.weight": "resized", "class_embedding.weight": "unused"}
+
+
+def test_classes_are_known_by_name_and_new_ones_begin_as_none() -> None:
+    source, target = small(classes=3), small(classes=4)
+    report = transfer(source, source.state_dict(), target, (["cat", "dog", "cow"], ["ant", "cow", "cat", "bee"]))
+    assert next((each.fate, each.reason) for each in report if each.name == "class_embedding.weight") == (
+        "resized",
+        "3 -> 4 classes: 2 known by name, 2 new",
+    )
+    assert source.class_embedding is not None and target.class_embedding is not None
+    before, after = source.class_embedding.weight, target.class_embedding.weight
+    assert torch.equal(after, before[[3, 2, 0, 3, 3]])
+    assert fates(source, small(classes=3), (["a", "b", "c"], ["d", "e", "f"])) == {"class_embedding.weight": "re-initialised"}
+    assert fates(source, small(classes=3), (["a", "b", "c"], ["a", "b", "c"])) == {}
+
+
+def test_a_dit_given_classes_begins_as_it_was() -> None:
+    source, target = DiT(8, 1, 2, 16, 2, 2), DiT((16, 8), 1, 2, 16, 2, 2, num_classes=3)
+    for parameter in source.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    report = transfer(source, source.state_dict(), target, ([], ["a", "b", "c"]))
+    assert [each.name for each in report if each.fate != "loaded"] == ["class_embedding.weight"]
+    same_size = DiT(8, 1, 2, 16, 2, 2, num_classes=3)
+    transfer(source, source.state_dict(), same_size, ([], ["a", "b", "c"]))
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(same_size(x, 3.0, torch.tensor([0, 2])).sample, source(x, 3.0).sample)
+
+
+@pytest.mark.parametrize("transform", ["pixels", "haar"])
+@pytest.mark.parametrize("network", [DiT, UViT])
+def test_channels_are_spread_and_gathered(network: Any, transform: Any) -> None:
+    def made(channels: int) -> Any:
+        found = network(8, channels, 2, 16, 2, 2, transform=transform)
+        for parameter in found.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return found.eval()
+
+    gray, colour, again = made(1), made(3), made(1)
+    report = transfer(gray, gray.state_dict(), colour)
+    assert {each.reason for each in report if each.fate == "resized"} == {"1 -> 3 channels"}
+    assert not any(each.fate == "re-initialised" for each in report)
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(colour(x.expand(-1, 3, -1, -1), 5.0).sample, gray(x, 5.0).sample.expand(-1, 3, -1, -1))
+    transfer(colour, colour.state_dict(), again)
+    torch.testing.assert_close(again(x, 5.0).sample, gray(x, 5.0).sample)
+    four, three = made(4), made(3)
+    transfer(three, three.state_dict(), four)
+    rgb = torch.randn(2, 3, 8, 8)
+    seen = four(torch.cat([rgb, torch.randn(2, 1, 8, 8)], dim=1), 5.0).sample
+    torch.testing.assert_close(seen[:, :3], three(rgb, 5.0).sample)  # a channel more changes nothing of the others
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ CHANGES: dict[str, str] = {
     "stages.two.decay": "constant",
     "stages.two.start_from": "ema",
     "optimizer.name": "muon",
+    "stages.two.lesson.kind": "{kind: halve, steps: 2}",
     "optimizer.betas": "0.8,0.9",
     "optimizer.weight_decay": "0.5",
     "optimizer.clip": "0.01",
@@ -132,9 +133,12 @@ CHANGES: dict[str, str] = {
 ELSEWHERE = {
     "data.shuffle",  # tests/test_shards_training.py
     "data.source", "data.max_broken", "init", "sampling.num", "tracking", "model.transform",
+    "model.dial", "model.shortcuts",  # tests/test_distillation.py, with the settings of lessons
+    "lora.rank", "lora.scale",  # tests/test_lora.py
     "stages.one.budget.auto",  # tests/test_switch.py
     "optimizer.muon",  # tests/test_muon.py
     "guard.spike", "guard.in_a_row", "guard.rollbacks",  # tests/test_guard.py
+    "data.autoencoder", "data.latent_factor", "data.latent_channels", "data.latent_mean", "data.latent_std",  # tests/test_latents.py
     "hardware.device", "hardware.precision", "hardware.compile", "hardware.checkpoint_activations", "hardware.threads",
     "hardware.shard",  # tests/test_distributed.py
     "evaluation.measure", "evaluation.samples", "evaluation.features", "evaluation.patience",  # tests/test_cli_evaluate.py

@@ -221,7 +221,7 @@ def test_views_are_disjoint_and_hold_all_patches() -> None:
 
 
 def test_views_are_sequences_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    from maskdm.engine import trainer as module
+    from maskdm.engine import teaching as module
 
     seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     plain = masked_denoising_loss

@@ -7,8 +7,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "maskdm"
 ORDER = (
-    "errors", "config", "settings", "masking", "arithmetic", "data", "diffusion", "draws", "models", "objective",
-    "engine", "sampling", "evaluation", "pictures", "report", "recipes", "tracking", "runs", "command_line", "cli_pack", "cli", "__main__",
+    "errors", "config", "settings", "masking", "arithmetic", "data", "diffusion", "draws", "models", "objective", "distillation",
+    "engine", "sampling", "evaluation", "pictures", "report", "recipes", "tracking", "export", "runs", "command_line", "cli_export",
+    "cli_pack", "cli", "__main__",
 )  # fmt: skip
 
 

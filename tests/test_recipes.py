@@ -183,7 +183,7 @@ def test_choices_follow_the_data() -> None:
     assert choose(facts(gray=True)).config.data.channels == 1 and plain.data.channels == 3
     assert choose(facts(count=20)).config.stages[0].budget.images == 40_000  # 2 000 times the data at most
     small, large = choose(facts(side=(32, 32))).config, choose(facts(side=(32, 32), cpu=False)).config
-    assert (small.model.patch, small.stages[1].batch, small.optimizer.name) == (2, 8, "muon")
+    assert (small.model.patch, small.stages[1].batch, small.optimizer.name) == (2, 16, "muon")
     assert (large.model.patch, large.stages[1].batch, large.optimizer.name) == (4, 128, "adamw")
     assert choose(facts(), image_size=(48, 72)).config.data.image_size == (48, 72)
     assert choose(facts(side=(256, 256), cpu=False)).config.model == DiTConfig(768, 12, 12, 8)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from data_helpers import settings, write_digits
 from shard_helpers import faulty_server, files_of
-from test_distributed import finish, start, wait_for
+from test_distributed import finish, processes_of, wait_for
 
 from maskdm.cli import run_command
 from maskdm.config import Budget, Config, Data, PatchMask, Stage, UViTConfig
@@ -267,7 +267,7 @@ def test_three_processes_over_a_faulty_server_killed_twice(tmp_path: Path, monke
         command = ["train", f"{address}/s", "--out", str(out), *ARGUMENTS, *changes]
 
         def begin() -> list[subprocess.Popen[str]]:
-            return start(3, out, str(tmp_path / "cache"), code=f"exec(open({str(tmp_path / 'tell.py')!r}).read())", command=command)
+            return processes_of(3, command, str(tmp_path / "cache"), f"exec(open({str(tmp_path / 'tell.py')!r}).read())")
 
         for step in (8, 22):
             processes = begin()

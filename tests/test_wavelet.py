@@ -220,8 +220,8 @@ def test_weights_start_another_run_at_another_size(model: Model) -> None:
     with pytest.raises(UserError, match=r"model.transform haar and this run pixels; use --model.transform haar"):
         transfer(source, source.state_dict(), network(replace(model, transform="pixels"), classes=2))
     gray = build(model, Data("x", (32, 32), channels=1), 2)
-    afresh = [each.name for each in transfer(source, source.state_dict(), gray) if each.fate == "re-initialised"]
-    assert len(afresh) == 6 and "out.detail.bias" in afresh
+    resized = [each.name for each in transfer(source, source.state_dict(), gray) if each.fate == "resized"]
+    assert len(resized) == 6 and "out.detail.bias" in resized
 
 
 def test_resized_positions_are_those_of_each_set() -> None:

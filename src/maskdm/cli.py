@@ -8,6 +8,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, assert_never
@@ -16,6 +17,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from maskdm import __version__
+from maskdm.cli_export import Export, Push, give
 from maskdm.cli_pack import Pack, write
 from maskdm.command_line import OPTIONS, TRAIN_OPTIONS, CommandLine, split_settings
 from maskdm.config import GuideName, SchedulerName
@@ -88,6 +90,29 @@ class Compare:
     num: Annotated[int, arg(help="samples drawn of each run, for the distance")] = 500
     recipe: Annotated[str | None, arg(help=RECIPES)] = None
     config: Annotated[Path | None, arg(help="YAML file of settings; what it leaves out is chosen")] = None
+
+
+@dataclass
+class Distil:
+    """Distil a run: a network that samples as it does in a few steps, with the guidance scale as a condition; the same command resumes.
+
+    Stages: guidance in one evaluation (where the run has classes), then half the sampling steps, again and again. Takes settings as
+    `maskdm train` does (--batch 64, --guided.lr 1e-4).
+    """
+
+    run: Run
+    out: Annotated[Path, arg(help="directory of the distilled run, a run as any other")]
+    steps: Annotated[int, arg(help="sampling steps of the teacher at the beginning: --end times a power of two")] = 32
+    end: Annotated[int, arg(help="sampling steps at the end")] = 1
+    scales: Annotated[str | None, arg(help="least and largest guidance scale; 1,4 if left out, for a run with classes")] = None
+    method: Annotated[
+        Literal["halve", "shortcut"], arg(help="progressive halving; or shortcut: all numbers of steps at once, in one stage")
+    ] = "halve"
+    updates: Annotated[int | None, arg(help="optimizer steps of all stages together; as many as RUN took if left out")] = None
+    mask: Annotated[str | None, arg(help="mask under which teacher and student see images, such as patch-50; none if left out")] = None
+    data: Annotated[str | None, arg(help="the images, where those that RUN was trained on have moved")] = None
+    dry_run: Annotated[bool, arg(help="print the whole configuration and the plan, and train nothing")] = False
+    fork: Annotated[bool, arg(help="let a run go on under changed settings")] = False
 
 
 @dataclass
@@ -183,15 +208,18 @@ Verb = (
     Annotated[Train, subcommand("train")]
     | Annotated[Plan, subcommand("plan")]
     | Annotated[Compare, subcommand("compare")]
+    | Annotated[Distil, subcommand("distil")]
     | Annotated[DataVerb, subcommand("data")]
     | Annotated[Pack, subcommand("pack")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[EmaSweep, subcommand("ema-sweep")]
     | Annotated[Report, subcommand("report")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Push, subcommand("push")]
 )
 
-AnyVerb = Train | Plan | Compare | DataVerb | Pack | Sample | Evaluate | EmaSweep | Report
+AnyVerb = Train | Plan | Compare | Distil | DataVerb | Pack | Sample | Evaluate | EmaSweep | Report | Export | Push
 
 
 def main() -> None:
@@ -235,6 +263,11 @@ def run_command(arguments: list[str]) -> int:
         return _fail(f"cannot write {error.filename or 'a file'}: {error.strerror}; mend that, and the same command goes on", 1)
 
 
+def _say(text: str) -> None:
+    if text:  # in the first of several processes
+        print(text)
+
+
 def _fail(message: str, code: int) -> int:
     print(f"maskdm: error: {' '.join(message.split())}", file=sys.stderr)
     return code
@@ -273,8 +306,10 @@ def _settings_help() -> str:
 
 def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str]) -> int:
     import logging
+    import shlex
     import warnings
 
+    command = shlex.join(["maskdm", *arguments])
     # Threads that spin long while they wait make a step forty times slower when another process wants the cores (docs/experiments.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(verb, Train | Sample | Evaluate):
@@ -285,13 +320,17 @@ def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str
 
     match verb:
         case Train():
-            return _train(verb, settings, arguments)
+            asked = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings), verb.dry_run, verb.fork)
+            return _trained(lambda: runs.train(asked, command, runs.Display()))
         case Plan():
             nowhere = Path(os.devnull).parent / "maskdm-plan"  # no run is there: `plan` writes none
             request = runs.TrainRequest(verb.data, nowhere, verb.recipe, verb.config, tuple(settings))
             print(runs.plan(request, verb.price_per_hour, verb.out, runs.Display()))
         case Compare():
             return _compare(verb, settings)
+        case Distil():
+            request = runs.DistilRequest(**vars(verb), settings=tuple(settings))
+            return _trained(lambda: runs.distil_run(request, command, runs.Display()))
         case DataVerb():
             print(runs.describe_data(verb.data, verb.image_size, runs.Display()))
         case Pack():
@@ -299,14 +338,16 @@ def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str
         case Sample():
             request = runs.SampleRequest(**vars(verb))
             paths = runs.sample_run(request, runs.Display())
-            print(f"{len(paths) - 1} images in {verb.out}; overview in {paths[-1]}")
+            _say(f"{len(paths) - 1} images in {verb.out}; overview in {paths[-1]}" if paths else "")
         case Evaluate():
-            print(_evaluate(verb))
+            _say(_evaluate(verb))
         case EmaSweep():
             sweep = runs.SweepRequest(verb.run, runs.parse_lengths(verb.sigma_rel), verb.stage, verb.measure, verb.num, verb.save)
             print(runs.ema_sweep(sweep, runs.Display()))
         case Report():
             print(_report(verb))
+        case Export() | Push():
+            print(give(verb))
         case _ as unreachable:
             assert_never(unreachable)
     return 0
@@ -316,11 +357,8 @@ def _compare(verb: Compare, settings: list[tuple[str, str]]) -> int:
     from maskdm import runs
 
     request = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings))
-    try:
-        print(runs.compare(runs.CompareRequest(request, verb.budget, verb.arms, verb.seeds, verb.features, verb.num), runs.Display()))
-    except runs.Interrupted as stop:
-        return _fail(str(stop), 130)
-    return 0
+    asked = runs.CompareRequest(request, verb.budget, verb.arms, verb.seeds, verb.features, verb.num)
+    return _trained(lambda: runs.compare(asked, runs.Display()))
 
 
 def _evaluate(verb: Evaluate) -> str:
@@ -350,16 +388,11 @@ def _report(verb: Report) -> Path:
     return runs.report_run(folders[0])
 
 
-def _train(verb: Train, settings: list[tuple[str, str]], arguments: list[str]) -> int:
-    import shlex
-
+def _trained(work: Callable[[], str]) -> int:
     from maskdm import runs
 
-    request = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings), verb.dry_run, verb.fork)
     try:
-        said = runs.train(request, shlex.join(["maskdm", *arguments]), runs.Display())
-        if said:  # in the first of several processes
-            print(said)
+        _say(work())
     except runs.Interrupted as stop:
         return _fail(str(stop), 130)
     except (runs.Diverged, runs.Lost) as failure:

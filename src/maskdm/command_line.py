@@ -9,6 +9,7 @@ OPTIONS = {
     "train": (),
     "plan": ("--price-per-hour", "--price_per_hour"),
     "compare": ("--budget", "--arms", "--seeds", "--features", "--num"),
+    "distil": ("--steps", "--end", "--scales", "--method", "--updates", "--mask", "--data"),
 }
 """Verbs that take the settings of a run, and the options that each has beside TRAIN_OPTIONS."""
 

@@ -56,12 +56,26 @@ def _route(config: Config, routes: list[Route], here: slice, uniform: Tensor) ->
     return replace(route, shallow=uniform < config.diffusion.label_drop / 2) if route is not None and fuse else route
 
 
+Where = tuple[int, int, int, int, int]
+"""Of a piece of a batch: seed, step, position of its first sequence in the global batch, sequences, those of the whole batch."""
+
+
+def draw_lesson(where: Where, device: torch.device) -> Float[Tensor, "batch 3"]:
+    """Three in [0, 1) of each sequence: for a guidance scale, a place among sampling steps (spread over the batch), their number."""
+    seed, step, first, count, batch = where
+    blocks = range(first // ROWS, (first + count - 1) // ROWS + 1)
+    generators = [torch.Generator(device).manual_seed(derive("lesson", seed, step, block)) for block in blocks]
+    drawn = torch.cat([torch.rand(ROWS, 3, generator=each, device=device) for each in generators])[first % ROWS :][:count]
+    stratum = torch.arange(first, first + count, device=device) / batch
+    return torch.stack([drawn[:, 0], (stratum + drawn[:, 1] / batch).clamp(max=1 - 1e-6), drawn[:, 2]], dim=1)
+
+
 def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, count: int, batch: int, device: torch.device) -> Draws:
     """Draw for the samples at positions [first, first + count) of the global batch of `batch` sequences of a step.
 
     Noise is drawn last, for the patches that enter alone: a sample's time, label and mirroring are the same under every mask.
     """
-    grid, features = config.grid, config.data.channels * config.model.side**2
+    grid, features = config.grid, config.data.field_channels * config.model.side**2
     uniforms: list[Tensor] = []
     noises: list[Tensor] = []
     masks: list[Tensor] = []

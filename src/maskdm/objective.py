@@ -30,7 +30,7 @@ class Loss:
 def masked_denoising_loss(
     model: Denoiser,
     diffusion: Diffusion,
-    images: UInt8[Tensor, "batch channels height width"],
+    images: UInt8[Tensor, "batch channels height width"] | Float[Tensor, "batch views channels height width"],
     labels: Int[Tensor, " batch"] | None,
     draws: Draws,
     network: Any = None,

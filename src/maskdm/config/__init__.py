@@ -6,6 +6,7 @@ Values of a closed union (a mask, a model, ...) are their own configuration; the
 
 from __future__ import annotations
 
+from maskdm.config.lessons import Convert, Denoise, Guided, Halve, Lesson, Shortcut, is_halved
 from maskdm.config.masks import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, ReduceMask, RouteMask, ViewsMask
 from maskdm.config.network import (
     Data,
@@ -30,6 +31,7 @@ from maskdm.config.training import (
     GuideName,
     Hardware,
     Intervals,
+    Lora,
     Optimizer,
     Sampling,
     SchedulerName,
@@ -43,19 +45,25 @@ __all__ = [
     "BlockMask",
     "Budget",
     "Config",
+    "Convert",
     "CropMask",
     "Data",
     "DecodeMask",
     "DeferMask",
+    "Denoise",
     "DiTConfig",
     "Diffusion",
     "Ema",
     "Evaluation",
     "Guard",
     "GuideName",
+    "Guided",
+    "Halve",
     "Hardware",
     "Intervals",
+    "Lesson",
     "LogitNormalTimesteps",
+    "Lora",
     "Mask",
     "MinSNRWeight",
     "Model",
@@ -66,6 +74,7 @@ __all__ = [
     "RouteMask",
     "Sampling",
     "SchedulerName",
+    "Shortcut",
     "Stage",
     "TrackerName",
     "Transform",
@@ -73,5 +82,6 @@ __all__ = [
     "UniformTimesteps",
     "UniformWeight",
     "ViewsMask",
+    "is_halved",
     "swiglu_width",
 ]

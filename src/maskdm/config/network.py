@@ -23,6 +23,11 @@ class Data:
     limit: Annotated[int | None, "images trained on, drawn at random from those not held out; none: all"] = None
     max_broken: Annotated[float, "share of unreadable files that is skipped; above it the run is refused"] = 0.05
     shuffle: Annotated[int, "images of shards mixed with each other; twice as many are held in memory, by all processes together"] = 4096
+    autoencoder: Annotated[str | None, "folder or hub id of a diffusers autoencoder, whose latents are learned; none: pixels"] = None
+    latent_factor: Annotated[int, "pixels of a latent, down and across; read from the autoencoder"] = 1
+    latent_channels: Annotated[int, "channels of a latent; read from the autoencoder"] = 0
+    latent_mean: Annotated[tuple[float, ...], "mean of each channel of the latents; measured on the training images"] = ()
+    latent_std: Annotated[tuple[float, ...], "standard deviation of each; measured"] = ()
 
     def __post_init__(self) -> None:
         height, width = self.image_size
@@ -36,6 +41,23 @@ class Data:
         digits = self.background.removeprefix("#")
         good = len(digits) == 6 and all(c in "0123456789abcdefABCDEF" for c in digits)
         require(good, f"data.background is '{self.background}'; write a colour as #rrggbb, such as #ffffff")
+        pixels = self.autoencoder is None
+        require(
+            not pixels or (self.latent_factor, self.latent_channels) == (1, 0),
+            "data.latent_factor and latent_channels go with data.autoencoder",
+        )
+        counts = {len(self.latent_mean), len(self.latent_std)}
+        require(counts in ({0}, {self.latent_channels}), "data.latent_mean and latent_std need a figure for each latent channel")
+
+    @property
+    def field_size(self) -> tuple[int, int]:
+        """Height and width of what the network sees: in pixels, or latents."""
+        return self.image_size[0] // self.latent_factor, self.image_size[1] // self.latent_factor
+
+    @property
+    def field_channels(self) -> int:
+        """Channels of what the network sees."""
+        return self.latent_channels or self.channels
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -71,7 +93,15 @@ def swiglu_width(width: int, mlp_ratio: float) -> int:
 
 
 FUSE = "blocks at either end past which inner ones may be skipped, joined again by a layer (SPRINT); 0: no such layer"
+DIAL = "least and largest guidance scale that is told the network as a condition, for the lesson guided: 1,4; none: it takes none"
+SHORTCUTS = "most sampling steps whose number is told the network as a condition, for the lesson shortcut; 0: it takes none"
 TOKEN = "a learned token that stands for hidden patches in the last blocks, for the mask decode (MaskDiT)"
+
+
+def _check_conditions(dial: tuple[float, float] | None, shortcuts: int) -> None:
+    good = dial is None or (0 <= dial[0] <= 1 <= dial[1] and dial[0] < dial[1])
+    require(good, f"model.dial is {dial}; give two guidance scales with 1, which is none, in their range, such as 1,4")
+    require(shortcuts == 0 or shortcuts >= 2, f"model.shortcuts is {shortcuts}; give 0, or at least 2")
 
 
 def _check_transformer(width: int, depth: int, heads: int, patch: int, mlp_ratio: float, fuse: int) -> None:
@@ -95,9 +125,12 @@ class UViTConfig(_Patched):
     transform: Annotated[Transform, TRANSFORM] = "pixels"
     fuse: Annotated[int, FUSE] = 0
     mask_token: Annotated[bool, TOKEN] = False
+    dial: Annotated[tuple[float, float] | None, DIAL] = None
+    shortcuts: Annotated[int, SHORTCUTS] = 0
 
     def __post_init__(self) -> None:
         _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio, self.fuse)
+        _check_conditions(self.dial, self.shortcuts)
         require(self.width % 2 == 0, f"model.width {self.width} must be even, for the sinusoidal time token")
 
 
@@ -114,6 +147,8 @@ class DiTConfig(_Patched):
     transform: Annotated[Transform, TRANSFORM] = "pixels"
     fuse: Annotated[int, FUSE] = 0
     mask_token: Annotated[bool, TOKEN] = False
+    dial: Annotated[tuple[float, float] | None, DIAL] = None
+    shortcuts: Annotated[int, SHORTCUTS] = 0
 
     @property
     def hidden(self) -> int:
@@ -122,6 +157,7 @@ class DiTConfig(_Patched):
 
     def __post_init__(self) -> None:
         _check_transformer(self.width, self.depth, self.heads, self.patch, self.mlp_ratio, self.fuse)
+        _check_conditions(self.dial, self.shortcuts)
         per_head = self.width // self.heads
         require(per_head % 4 == 0, f"model.width {self.width} over model.heads {self.heads} is {per_head}; make it a multiple of 4")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from maskdm.config.check import require
+from maskdm.config.lessons import Convert, Denoise, Guided, Halve, Shortcut, is_halved
 from maskdm.config.masks import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, ReduceMask, RouteMask, ViewsMask
 from maskdm.config.network import (
     Data,
@@ -18,7 +19,7 @@ from maskdm.config.network import (
     UniformWeight,
     UViTConfig,
 )
-from maskdm.config.training import Ema, Evaluation, Guard, Hardware, Intervals, Optimizer, Sampling, Stage, TrackerName
+from maskdm.config.training import Ema, Evaluation, Guard, Hardware, Intervals, Lora, Optimizer, Sampling, Stage, TrackerName
 from maskdm.errors import UserError
 
 
@@ -39,6 +40,7 @@ class Config:
     sampling: Annotated[Sampling, "how samples are drawn"] = field(default_factory=Sampling)
     seed: Annotated[int, "seed of every random draw"] = 0
     init: Annotated[str | None, "run whose weights to start from"] = None
+    lora: Annotated[Lora, "adapters, trained in place of all weights"] = field(default_factory=Lora)
     tracking: Annotated[tuple[TrackerName, ...], "where figures also go: tensorboard, wandb, trackio, or none"] = ("tensorboard",)
 
     def __post_init__(self) -> None:
@@ -51,13 +53,13 @@ class Config:
     @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
-        height, width = self.data.image_size
+        height, width = self.data.field_size
         return height // self.model.side, width // self.model.side
 
     @property
     def tokens(self) -> int:
         """Tokens of a whole image, conditions not counted."""
-        return self.model.tokens(self.data.image_size)
+        return self.model.tokens(self.data.field_size)
 
     @property
     def blocks(self) -> int:
@@ -88,20 +90,71 @@ class Config:
                 raise UserError(f"{where}: {limits}; limit both by the same")
             require(self.data.heldout > 0, f"{where} goes by the held-out loss, and data.heldout is 0; hold some images out")
 
+    def _check_lessons(self) -> None:
+        """What a teacher needs, and what a student must be told."""
+        lessons = [stage.lesson for stage in self.stages]
+        orphan = self.init is None and not isinstance(lessons[0], Denoise)
+        require(not orphan, f"stages.{self.stages[0].name}.lesson {lessons[0].kind} has no teacher; name a run with --init")
+        taught = self.init is not None or any(isinstance(lesson, Guided | Shortcut) for lesson in lessons)
+        require(self.model.dial is None or taught, "model.dial is set, and no stage teaches it; add one with lesson guided")
+        require(not self.model.shortcuts or taught, "model.shortcuts is set, and no stage teaches it; add one with lesson shortcut")
+        blind = self.evaluation.patience is not None and self.evaluation.measure == "heldout-loss"
+        for number, stage in enumerate(self.stages):
+            if isinstance(stage.lesson, Denoise):
+                continue
+            where, what = f"stages.{stage.name}", f"lesson {stage.lesson.kind}"
+            whole = isinstance(stage.mask, NoMask | PatchMask | BlockMask | CropMask | ViewsMask)
+            require(whole, f"{where}.mask {stage.mask.kind} does not go with {what}; give none, patch, block, crop or views")
+            require(not self.hardware.shard, f"{where}: with {what} a whole teacher is kept in each process; leave hardware.shard out")
+            require(not blind, f"evaluation.patience goes by the held-out loss, which says nothing of {where}; leave it out")
+            self._check_lesson(f"{where}.{what}", stage, number)
+
+    def _check_lesson(self, where: str, stage: Stage, number: int) -> None:
+        stepwise = isinstance(stage.lesson, Halve | Shortcut)
+        flow = stepwise and self.diffusion.schedule == "flow"
+        require(not flow, f"{where} is of DDIM steps, which schedule flow has none of; distil a model of another schedule")
+        require(self.diffusion.target != "eps", f"{where} needs target v or x0: at full noise nothing can be told from eps")
+        match stage.lesson:
+            case Convert():
+                require(number == 0, f"{where} is for the first stage alone")
+            case Guided():
+                require(self.data.conditional, f"{where} needs a teacher with classes, and this run is unconditional")
+                require(self.diffusion.label_drop > 0, f"{where} needs a null class, and diffusion.label_drop is 0")
+                require(self.model.dial is not None, f"{where} needs the range of scales; set model.dial, such as 1,4")
+            case Shortcut(steps=end):
+                good = self.model.shortcuts > end and is_halved(self.model.shortcuts, end)
+                need = f"{where} needs {end} times a power of two, such as {32 * end}"
+                require(good, f"model.shortcuts is {self.model.shortcuts}; {need}")
+            case _:
+                pass
+
+    def _check_lora(self) -> None:
+        """Adapters need weights to adapt, and them whole."""
+        if self.lora.rank:
+            require(self.init is not None, f"lora.rank is {self.lora.rank}, and there are no weights to adapt; name a run with --init")
+            require(not self.hardware.shard, "lora.rank does not go with hardware.shard; leave one of the two out")
+
     def check(self) -> None:
         """What no part can check alone: that patches divide the image and masks the grid. Raises UserError."""
         together = self.hardware.shard and self.optimizer.name == "muon"
         require(not together, "optimizer.name muon needs whole matrices, which hardware.shard cuts; set one of the two back")
         height, width = self.data.image_size
-        unit = self.model.side
+        unit = self.model.side * self.data.latent_factor
         if height % unit or width % unit:
             size = f"{height}x{width}" if height != width else f"{height}"
             near = [max(unit, round(side / unit) * unit) for side in (height, width)]
             fitting = f"{near[0]}x{near[1]}" if near[0] != near[1] else f"{near[0]}"
-            patch = f"patch {unit}" if self.model.sets == 1 else f"{unit}, patch {self.model.patch} at half the size (transform haar)"
+            patch = (
+                f"patch {self.model.side}"
+                if self.model.sets == 1
+                else f"{self.model.side}, patch {self.model.patch} at half the size (transform haar)"
+            )
+            patch += f" of latents that cover {self.data.latent_factor} pixels" if self.data.autoencoder else ""
             raise UserError(f"image_size {size} is not a multiple of {patch}; use --image-size {fitting} or another --patch")
         self._check_patience()
         self._check_auto()
+        self._check_lessons()
+        self._check_lora()
         down, across = self.grid
         for stage in self.stages:
             match stage.mask:

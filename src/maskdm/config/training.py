@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from maskdm.config.check import require
+from maskdm.config.lessons import DENOISE, Lesson
 from maskdm.config.masks import Mask, NoMask
 
 WHOLE = NoMask()
@@ -33,6 +34,7 @@ class Stage:
     name: Annotated[str, "the stage's name, in logs and on the command line"]
     budget: Annotated[Budget, "how long the stage lasts"]
     mask: Annotated[Mask, "which patches are seen: none, patch, block, crop, views, route, defer, decode or reduce"] = WHOLE
+    lesson: Annotated[Lesson, "what is learned: denoise, images; or of a teacher: convert, guided, halve or shortcut"] = DENOISE
     batch: Annotated[int, "images per optimizer step"] = 128
     accumulate: Annotated[int, "pieces a batch is computed in, to save memory; must divide the batch"] = 1
     lr: Annotated[float, "learning rate after warm-up"] = 2e-4
@@ -68,6 +70,18 @@ class Optimizer:
         require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas are {self.betas}; each must be from 0 to below 1")
         require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
         require(self.clip is None or self.clip > 0, f"optimizer.clip is {self.clip}; it must be above 0, or none")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685), trained in place of all weights, of a run that starts from another; merged in the result."""
+
+    rank: Annotated[int, "rank of the adapters of attention and MLPs, such as 8; 0: all weights are trained"] = 0
+    scale: Annotated[float, "weight of the adapters beside the layers they adapt (in other words alpha over rank)"] = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank is {self.rank}; it must be 0 or more")
+        require(self.scale > 0, f"lora.scale is {self.scale}; it must be above 0")
 
 
 @dataclass(frozen=True)

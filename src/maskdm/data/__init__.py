@@ -6,6 +6,7 @@ from maskdm.data.cache import cache_directory
 from maskdm.data.dataset import Dataset, Pixels, duplicates
 from maskdm.data.decode import BrokenImage, decode
 from maskdm.data.feed import Feed
+from maskdm.data.latents import Latents
 from maskdm.data.loader import Batch, Loader, flip, to_model_range, to_uint8
 from maskdm.data.packing import pack
 from maskdm.data.prepare import prepare
@@ -20,6 +21,7 @@ __all__ = [
     "BrokenImage",
     "Dataset",
     "Feed",
+    "Latents",
     "Loader",
     "Loss",
     "Pixels",

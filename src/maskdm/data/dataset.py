@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from maskdm.data.latents import Latents
 
 MAX_HELDOUT = 5000
 
@@ -53,10 +57,18 @@ class Dataset:
     notes: tuple[str, ...]
     path: Path
     """The folder of the cache."""
+    latents: Latents | None = None
+    """What an autoencoder makes of the images, where that is learned."""
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.images)
+
+    def field(self, rows: NDArray[np.int64]) -> Tensor:
+        """What a network sees of some rows: uint8 [n, channels, height, width], or latents [n, views, channels, height, width]."""
+        if self.latents is not None:
+            return self.latents.take(rows)
+        return torch.from_numpy(np.ascontiguousarray(self.images[rows].transpose(0, 3, 1, 2)))
 
     @cached_property
     def names(self) -> tuple[str, ...]:

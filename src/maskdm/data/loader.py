@@ -17,9 +17,9 @@ from maskdm.errors import UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """Images in 0..255; labels where the data has classes; each image's row in the data set, on the CPU."""
+    """Images in 0..255, or their latents; labels where the data has classes; each image's row in the data set, on the CPU."""
 
-    images: UInt8[Tensor, "batch channels height width"]
+    images: UInt8[Tensor, "batch channels height width"] | Float[Tensor, "batch views channels height width"]
     labels: Int64[Tensor, " batch"] | None
     rows: Int64[Tensor, " batch"]
 
@@ -77,9 +77,9 @@ class Loader:
     def batch(self, position: int, count: int) -> Batch:
         """The images at the positions [position, position + count) of the stream, on the CPU."""
         rows = self.indices_at(position, count)
-        images = np.ascontiguousarray(self.dataset.images[rows].transpose(0, 3, 1, 2))
+        images = self.dataset.field(rows)
         labels = None if self.dataset.labels is None else torch.from_numpy(self.dataset.labels[rows])
-        return Batch(torch.from_numpy(images), labels, torch.from_numpy(rows))
+        return Batch(images, labels, torch.from_numpy(rows))
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
@@ -89,9 +89,9 @@ class Loader:
         return self._orders[epoch]
 
 
-def to_model_range(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """From 0..255 to float32 in -1..1."""
-    return images.float() / 127.5 - 1
+def to_model_range(images: UInt8[Tensor, "*shape"] | Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """From 0..255 to float32 in -1..1; latents as they are."""
+    return images.float() if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -100,7 +100,9 @@ def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 
 
 def flip(
-    images: UInt8[Tensor, "batch channels height width"], mask: Bool[Tensor, " batch"]
-) -> UInt8[Tensor, "batch channels height width"]:
-    """The images, those of the mask mirrored left to right."""
+    images: UInt8[Tensor, "batch channels height width"] | Float[Tensor, "batch views channels height width"], mask: Bool[Tensor, " batch"]
+) -> UInt8[Tensor, "batch channels height width"] | Float[Tensor, "batch channels height width"]:
+    """The images, those of the mask mirrored left to right; of latents the last view, which is that."""
+    if images.ndim == 5:
+        return torch.where(mask[:, None, None, None], images[:, -1], images[:, 0])
     return torch.where(mask[:, None, None, None], images.flip(-1), images)

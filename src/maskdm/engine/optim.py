@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from maskdm.config import Ema, Optimizer, Stage
@@ -55,8 +56,10 @@ def make_optimizer(model: Denoiser, settings: Optimizer, lr: float) -> Together:
 
     Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), then by `muon`.
     """
-    undecayed, muon = model.undecayed(), model.hidden_matrices() if settings.name == "muon" else set[str]()
-    named = [(name, p) for name, p in model.named_parameters() if name not in muon]
+    undecayed = model.undecayed()
+    whole = all(p.requires_grad for p in model.parameters())  # adapters are no maps between hidden states: AdamW's, as their papers have it
+    muon = model.hidden_matrices() if settings.name == "muon" and whole else set[str]()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in muon]
     decay = [p for name, p in named if p.ndim >= 2 and name not in undecayed]
     rest = [p for name, p in named if p.ndim < 2 or name in undecayed]
     kept = {"weight_decay": settings.weight_decay, "factor": 1.0}
@@ -67,6 +70,17 @@ def make_optimizer(model: Denoiser, settings: Optimizer, lr: float) -> Together:
         return Together(adamw)
     matrices = {"params": [p for name, p in model.named_parameters() if name in muon]} | kept | {"factor": settings.muon}
     return Together(adamw, Muon([matrices], lr))
+
+
+def trained(model: Denoiser) -> list[Parameter]:
+    """The parameters of a network that training changes."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def part(model: Denoiser, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a state of the network's shape what training changes, and so has to be kept."""
+    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in still}
 
 
 def learning_rate(stage: Stage, step: int, progress: float) -> float:
@@ -97,7 +111,8 @@ class Average:
     def update(self, model: Denoiser, step: int) -> None:
         """Move the average towards `model`, after a stage's step."""
         update = get_ema_multi_avg_fn(self.decay(step))
-        update(list(self.model.parameters()), list(model.parameters()), torch.tensor(step))  # pyright: ignore[reportArgumentType]
+        mine = [own for own, p in zip(self.model.parameters(), model.parameters(), strict=True) if p.requires_grad]
+        update(mine, trained(model), torch.tensor(step))  # pyright: ignore[reportArgumentType]
 
     def restart(self, model: Denoiser) -> None:
         """Make the average equal to `model`."""
@@ -114,9 +129,9 @@ class PowerAverages:
     def __init__(self, model: Denoiser, sigma_rel: Sequence[float]) -> None:
         self.sigma_rel = tuple(sigma_rel)
         self.time = self.began = 0
-        self._names = [name for name, _ in model.named_parameters()]
+        self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         self._gammas = [gamma_of(width) for width in self.sigma_rel]
-        self._averages = [[p.detach().clone() for p in model.parameters()] for _ in self.sigma_rel]
+        self._averages = [[p.detach().clone() for p in trained(model)] for _ in self.sigma_rel]
 
     @torch.no_grad()
     def update(self, model: Denoiser) -> None:
@@ -124,7 +139,7 @@ class PowerAverages:
         self.time += 1
         for gamma, average in zip(self._gammas, self._averages, strict=True):
             update = get_ema_multi_avg_fn(kept_share(self.time, gamma))
-            update(average, list(model.parameters()), torch.tensor(self.time))  # pyright: ignore[reportArgumentType]
+            update(average, trained(model), torch.tensor(self.time))  # pyright: ignore[reportArgumentType]
 
     def restart(self, began: int) -> None:
         """Forget everything, at this step of the run: the next update takes the weights as they are."""

@@ -29,13 +29,13 @@ from maskdm.engine import sharding
 from maskdm.engine.guard import Sentry, healthy
 from maskdm.engine.hardware import Precision, autocast, out_of_memory, synchronize
 from maskdm.engine.memory import more_pieces
-from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer
+from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer, part
 from maskdm.engine.progress import Progress, Skipped, StageProgress, Step, Verdict
 from maskdm.engine.ranks import Ranks, pieces_of
+from maskdm.engine.teaching import Teaching
 from maskdm.errors import UserError
 from maskdm.masking import num_sequences
 from maskdm.models import Denoiser
-from maskdm.objective import masked_denoising_loss
 
 
 class Trainer:
@@ -55,6 +55,7 @@ class Trainer:
         if not self.cut:
             self.model.to(device=device)  # pyright: ignore[reportCallIssue] - diffusers wraps the method
         self.average = Average(self.model, config.ema)
+        self.teaching = Teaching(config, self.model)
         if self.cut:
             for each in (self.model, self.average.model):
                 sharding.cut(each, self.ranks, device, bf16=precision == "bf16")
@@ -88,9 +89,10 @@ class Trainer:
         moments: dict[str, Tensor] = {}
         for parameter, state in self.optimizer.state.items():
             moments |= {f"{key}/{self._names[parameter]}": value for key, value in state.items()}
-        state = {"model": self.model.state_dict(), "average": self.average.model.state_dict(), "optimizer": moments}
+        states = {"model": self.model.state_dict(), "average": self.average.model.state_dict()}
+        state = {file: part(self.model, values) for file, values in states.items()} | {"optimizer": moments}
         powers = self.powers.tensors()
-        return state | {"guard": self.sentry.tensors()} | ({"powers": powers} if powers else {})
+        return state | self.teaching.tensors() | {"guard": self.sentry.tensors()} | ({"powers": powers} if powers else {})
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, as plain values."""
@@ -100,7 +102,9 @@ class Trainer:
         """Continue from a state that `tensors` and `numbers` returned."""
         for model, file in ((self.model, "model"), (self.average.model, "average")):
             mine = model.state_dict()
-            model.load_state_dict({name: sharding.like(value, mine[name]) for name, value in tensors[file].items()})
+            saved = {name: sharding.like(tensors[file][name], own) for name, own in part(self.model, mine).items()}
+            model.load_state_dict(mine | saved)
+        self.teaching.restore(tensors)
         parameters = dict(self.model.named_parameters())
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.config.stages[0].lr)
         for key, value in tensors["optimizer"].items():
@@ -219,6 +223,7 @@ class Trainer:
         """Start a stage: weights raw or averaged from what came before, a new average and a fresh optimizer."""
         if stage.start_from == "ema":
             self.model.load_state_dict(self.average.model.state_dict())
+        self.teaching.enter()
         self.average.restart(self.model)
         self.powers.restart(self.progress.step)
         self.sentry.restart()
@@ -385,11 +390,10 @@ class Trainer:
                 images = images.repeat_interleave(each, dim=0)  # as `draws` counts them
                 labels = None if labels is None else labels.repeat_interleave(each, dim=0)
         with record_function("maskdm: draws"):
-            draws = draw_step(
-                self.config, stage.mask, self._seed("train"), number, first * each, count * each, stage.batch * each, self.device
-            )
+            where = (self._seed("train"), number, first * each, count * each, stage.batch * each)
+            draws = draw_step(self.config, stage.mask, *where, self.device)
         with record_function("maskdm: forward"), autocast(self.device, self.precision):
-            loss = masked_denoising_loss(self.model, self.config.diffusion, images, labels, draws, self.network)
+            loss = self.teaching.loss(stage, self.network, self.average.model, images, labels, draws, where)
         with record_function("maskdm: backward"):
             total = loss.total * (count / stage.batch)
             self.scaler.scale(total * self.ranks.world).backward()  # torch divides by the number of processes

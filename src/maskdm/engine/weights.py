@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ from maskdm.models import Denoiser, UViT
 
 POSITIONS = "positions.weight"
 CLASSES = "class_embedding.weight"
+DIALS = ("guidance_dial.", "steps_dial.")
+"""Layers of numbers that are conditions: they start at zero, so a network may be given them."""
+
 PIXELS = ("patch_embedding.", "out.")
 """Where the tensors are whose shape depends on the patch size and the channels of the images."""
 
@@ -27,13 +30,20 @@ class Transfer:
     reason: str = ""
 
 
-def transfer(source: Denoiser, weights: Mapping[str, Tensor], target: Denoiser, same_classes: bool = True) -> list[Transfer]:
+Classes = tuple[Sequence[str], Sequence[str]]
+"""Names of the classes of the one network and of the other, in the order of their labels."""
+
+
+def transfer(source: Denoiser, weights: Mapping[str, Tensor], target: Denoiser, classes: Classes | None = None) -> list[Transfer]:
     """Load `weights` of a network like `source` into `target`; returns each tensor's fate.
 
-    Positions are interpolated to another grid, class embeddings re-initialised for other classes (the null class is kept),
-    and the first and last layer re-initialised for other channels. Raises UserError for any other difference, by name.
+    Positions are interpolated to another grid. `classes`, where they are not the same by number, are known by their names: those that the
+    source knows keep their embedding, new ones begin as the null class. Where channels differ, the first and the last layer of
+    gray images are spread over colours, or those of colours gathered; of any other number those that both have are taken. Raises
+    UserError for any other difference, by name.
     """
     _check_same_network(source, target)
+    same_classes = classes is None or list(classes[0]) == list(classes[1])
     state = target.state_dict()
     fates: list[Transfer] = []
     for name, fresh in state.items():
@@ -42,7 +52,7 @@ def transfer(source: Denoiser, weights: Mapping[str, Tensor], target: Denoiser, 
             state[name] = old
             fates.append(Transfer(name, "loaded"))
             continue
-        value, fate = _adapt(name, old, fresh, source, target)
+        value, fate = _adapt(name, old, fresh, source, target, classes or ((), ()))
         state[name] = value
         fates.append(fate)
     fates += [Transfer(name, "unused", "the new model has no classes") for name in weights if name == CLASSES and name not in state]
@@ -70,23 +80,54 @@ def _renumbered(name: str, source: Denoiser, target: Denoiser, same_classes: boo
     return (name == POSITIONS and source.grid != target.grid) or (name == CLASSES and not same_classes)
 
 
-def _adapt(name: str, old: Tensor | None, fresh: Tensor, source: Denoiser, target: Denoiser) -> tuple[Tensor, Transfer]:
+def _adapt(name: str, old: Tensor | None, fresh: Tensor, source: Denoiser, target: Denoiser, classes: Classes) -> tuple[Tensor, Transfer]:
     if name == POSITIONS and old is not None and isinstance(source, UViT) and isinstance(target, UViT):
         change = f"{source.grid[0]} x {source.grid[1]} -> {target.grid[0]} x {target.grid[1]} patches"
         if source.num_extras != target.num_extras:
             change += f", {source.num_extras} -> {target.num_extras} condition tokens"
         return _resize_positions(old, fresh, source, target), Transfer(name, "resized", change)
     if name == CLASSES:
-        value = fresh.clone()
-        if old is not None:
-            value[-1] = old[-1]
-        other = ", other ones" if source.num_classes == target.num_classes else ""
-        return value, Transfer(name, "re-initialised", f"{source.num_classes} -> {target.num_classes} classes{other}")
+        return _rename(old, fresh, source, target, classes)
+    if name.startswith(DIALS):
+        return fresh, Transfer(name, "re-initialised", "a condition that the weights do not know; it changes nothing at the start")
     channels = (source.config["in_channels"], target.config["in_channels"])
-    if name.startswith(PIXELS) and channels[0] != channels[1]:
-        return fresh, Transfer(name, "re-initialised", f"{channels[0]} -> {channels[1]} channels")
+    if name.startswith(PIXELS) and channels[0] != channels[1] and old is not None:
+        value = _rechannel(name, old, fresh, channels)
+        return value, Transfer(name, "resized", f"{channels[0]} -> {channels[1]} channels")
     what = "is missing" if old is None else f"has shape {list(old.shape)}, not {list(fresh.shape)},"
     raise UserError(f"'{name}' {what} in the weights to start from; give both the same model settings")
+
+
+def _rename(old: Tensor | None, fresh: Tensor, source: Denoiser, target: Denoiser, classes: Classes) -> tuple[Tensor, Transfer]:
+    """Class embeddings: those known by name, the null class for the rest; without any, such as change a DiT's output least."""
+    change = f"{source.num_classes} -> {target.num_classes} classes"
+    if old is None:
+        value = fresh if isinstance(target, UViT) else torch.zeros_like(fresh)
+        return value, Transfer(CLASSES, "re-initialised", change)
+    value = old[-1].expand_as(fresh).clone()
+    known = [(names, list(classes[0]).index(each)) for names, each in enumerate(classes[1]) if each in classes[0]]
+    for new, before in known:
+        value[new] = old[before]
+    if not known:
+        other = ", other ones" if source.num_classes == target.num_classes else ""
+        return value, Transfer(CLASSES, "re-initialised", f"{change}{other}, which begin as the null class")
+    return value, Transfer(CLASSES, "resized", f"{change}: {len(known)} known by name, {target.num_classes - len(known)} new")
+
+
+def _rechannel(name: str, old: Tensor, fresh: Tensor, channels: tuple[int, int]) -> Tensor:
+    """The first or the last layer for other channels. Details of wavelets are three of each channel."""
+    first = name.startswith("patch_embedding.")
+    axis, kinds, (before, now) = int(first), 3 if ".detail." in name else 1, channels
+    parts = old.unflatten(axis, (kinds, before, -1))
+    if before == 1:  # gray for each colour; the sum of what comes in stays
+        value = parts.expand(*(now if i == axis + 1 else size for i, size in enumerate(parts.shape))) / (now if first else 1)
+    elif now == 1:
+        value = parts.sum(axis + 1, keepdim=True) if first else parts.mean(axis + 1, keepdim=True)
+    else:
+        shared = min(before, now)
+        value = (torch.zeros_like(fresh) if first else fresh.clone()).unflatten(axis, (kinds, now, -1))
+        value.narrow(axis + 1, 0, shared).copy_(parts.narrow(axis + 1, 0, shared))
+    return value.flatten(axis, axis + 2).contiguous()
 
 
 def _resize_positions(old: Tensor, fresh: Tensor, source: UViT, target: UViT) -> Tensor:

@@ -42,7 +42,7 @@ class DenoisingLoss:
 def denoising_loss(
     model: Denoiser,
     diffusion: Diffusion,
-    images: UInt8[Tensor, "batch channels height width"],
+    images: UInt8[Tensor, "batch channels height width"] | Float[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"] | None,
     batch: int = BATCH,
     first: int = 0,

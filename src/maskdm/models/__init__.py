@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from maskdm.config import Data, DiTConfig, Model, UViTConfig
+from maskdm.models.autoencoder import encode, open_autoencoder
 from maskdm.models.denoiser import Denoiser, DenoiserOutput
 from maskdm.models.dit import DiT
 from maskdm.models.layers import patchify, unpatchify
 from maskdm.models.uvit import UViT
 from maskdm.models.wavelet import haar, inverse_haar
 
-__all__ = ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "haar", "inverse_haar", "patchify", "unpatchify"]
+__all__ = [
+    "Denoiser",
+    "DenoiserOutput",
+    "DiT",
+    "UViT",
+    "build",
+    "encode",
+    "haar",
+    "inverse_haar",
+    "open_autoencoder",
+    "patchify",
+    "unpatchify",
+]
 
 
 def build(model: Model, data: Data, num_classes: int) -> Denoiser:
     """The network for images as `data` describes them. num_classes 0: unconditional."""
-    size = data.image_size if data.image_size[0] != data.image_size[1] else data.image_size[0]
+    size = data.field_size if data.field_size[0] != data.field_size[1] else data.field_size[0]
     match model:
         case UViTConfig():
             return UViT(
                 size,
-                data.channels,
+                data.field_channels,
                 model.patch,
                 model.width,
                 model.depth,
@@ -30,11 +43,13 @@ def build(model: Model, data: Data, num_classes: int) -> Denoiser:
                 model.transform,
                 model.fuse,
                 model.mask_token,
+                model.dial,
+                model.shortcuts,
             )
         case DiTConfig():
             return DiT(
                 size,
-                data.channels,
+                data.field_channels,
                 model.patch,
                 model.width,
                 model.depth,
@@ -44,4 +59,6 @@ def build(model: Model, data: Data, num_classes: int) -> Denoiser:
                 model.transform,
                 model.fuse,
                 model.mask_token,
+                model.dial,
+                model.shortcuts,
             )

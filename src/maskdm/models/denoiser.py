@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from maskdm.config import Transform
 from maskdm.masking import Kept, Route, put_back
+from maskdm.models.dials import Dial, as_batch, make_dials
 from maskdm.models.layers import Fusion, Patches, Some, Tokens, patchify, unpatchify
 
 _KEPT = [
@@ -31,6 +32,9 @@ _KEPT = [
 
 SampleSize = int | tuple[int, int] | list[int]
 """Height and width, or one side; a list when read back from JSON."""
+
+Scales = tuple[float, float] | list[float] | None
+"""Range of guidance scales that are a condition; a list when read back from JSON."""
 
 
 @dataclass
@@ -56,16 +60,39 @@ class Denoiser(ModelMixin, ConfigMixin):
     fuse: int
     fusion: Fusion | None
     hidden_token: nn.Parameter | None
+    guidance_dial: Dial | None
+    """Takes the guidance scale, where that is a condition."""
+    steps_dial: Dial | None
+    """Takes the number of sampling steps, where that is a condition."""
 
     def _set_geometry(self, sample_size: SampleSize, patch_size: int, num_classes: int, transform: Transform = "pixels") -> None:
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
         self.sets = 2 if transform == "haar" else 1
         self.size, self.patch_size, self.num_classes = (height, width), patch_size * self.sets, num_classes
+        self.guidance_dial = self.steps_dial = None
 
     def _set_rejoining(self, width: int, fuse: int, mask_token: bool) -> None:
         self.fuse = fuse
         self.fusion = Fusion(width) if fuse else None
         self.hidden_token = nn.Parameter(0.02 * torch.randn(width)) if mask_token else None
+
+    def _set_dials(self, width: int, dial: Scales, shortcuts: int) -> None:
+        self.guidance_dial, self.steps_dial = make_dials(width, dial, shortcuts)
+
+    def _start_dials(self) -> None:
+        for each in (self.guidance_dial, self.steps_dial):
+            if each is not None:
+                each.start()
+
+    def _conditions(self, guidance: Tensor | float, steps: Tensor | float | None, like: Tensor) -> Tensor | None:
+        """What the dials add to the embedding of the time [batch, width]; None without any. As many steps as there can be: steps None."""
+        parts: list[Tensor] = []
+        if self.guidance_dial is not None:
+            parts.append(self.guidance_dial(as_batch(guidance, like)))
+        if self.steps_dial is not None:
+            most = 2.0**self.steps_dial.high
+            parts.append(self.steps_dial(self.steps_dial.high - as_batch(most if steps is None else steps, like).log2()))
+        return sum(parts[1:], parts[0]) if parts else None
 
     def _rejoin(self, deep: Some, everything: Tokens, positions: Tensor, kept: Tensor | None, route: Route | None) -> Tokens:
         """All tokens again, after inner blocks on those `kept`, of `everything` that went in."""
@@ -96,6 +123,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         route: Route | None = None,
         return_dict: bool = True,
         reduced: int = 1,
+        guidance: Tensor | float = 1.0,
+        steps: Tensor | float | None = None,
     ) -> DenoiserOutput | tuple[Tensor]:
         """Predict the target.
 
@@ -104,7 +133,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         timestep: 0..1000, one for all or [batch]. class_labels: 0..num_classes, where num_classes is the null class,
         which is also what None means; ignored by an unconditional network. route: what the inner blocks work on, in training on
         all patches. reduced: how many times less wide and high than `sample_size` the image is whose patches are given, all in order; each
-        sits in the middle of what it covers. Returns the shape of `sample`, or of the patches that a route did not drop.
+        sits in the middle of what it covers. guidance: the scale, and steps: the number of sampling steps, one for all or
+        [batch], of networks that take them as a condition (`dial`, `shortcuts`); ignored by others. Returns the shape of `sample`, or of
+        the patches that a route did not drop.
         """
         whole = sample.ndim == 4
         patches = patchify(sample, self.patch_size) if whole else sample
@@ -115,7 +146,9 @@ class Denoiser(ModelMixin, ConfigMixin):
             kept = None if kept is None else self._places(kept)
             if route is not None and route.kept is not None:
                 route = replace(route, kept=self._places(route.kept))
-        output = self.denoise(patches, t, class_labels if self.num_classes else None, kept, route, reduced)
+        shift = self._conditions(guidance, steps, sample)
+        told = () if shift is None else (shift,)
+        output = self.denoise(patches, t, class_labels if self.num_classes else None, kept, route, reduced, *told)
         output = unpatchify(output, self.patch_size, self.size) if whole else output
         return DenoiserOutput(sample=output) if return_dict else (output,)
 
@@ -127,8 +160,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         kept: Tensor | None,
         route: Route | None = None,
         reduced: int = 1,
+        shift: Tensor | None = None,
     ) -> Float[Tensor, "batch out features"]:
-        """Predict the target on patches [batch, kept, features]; `kept` and `route` are of tokens."""
+        """Predict the target on patches [batch, kept, features]; `kept` and `route` are of tokens. shift: added to the time's embedding."""
         raise NotImplementedError
 
     def _pooled(self, table: Tensor, factor: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from maskdm.config import Transform, swiglu_width
 from maskdm.masking import Route, span, take
-from maskdm.models.denoiser import Denoiser, SampleSize
+from maskdm.models.denoiser import Denoiser, SampleSize, Scales
 from maskdm.models.layers import Attention, Patches, RMSNorm, RotaryPositions, SwiGLU, Tokens, in_compute_precision, sinusoidal, turned
 from maskdm.models.wavelet import embedding, head
 
@@ -59,6 +59,8 @@ class DiT(Denoiser):
         transform: Transform = "pixels",
         fuse: int = 0,
         mask_token: bool = False,
+        dial: Scales = None,
+        shortcuts: int = 0,
     ) -> None:
         super().__init__()
         self._set_geometry(sample_size, patch_size, num_classes, transform)
@@ -69,6 +71,7 @@ class DiT(Denoiser):
         self.rotary = RotaryPositions(width // heads, self.grid, self.sets)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, mlp_ratio) for _ in range(depth))
         self._set_rejoining(width, fuse, mask_token)
+        self._set_dials(width, dial, shortcuts)
         self.norm = RMSNorm(width)
         self.modulation = nn.Linear(width, 2 * width)
         self.out = head(transform, width, in_channels, patch_size)
@@ -92,6 +95,7 @@ class DiT(Denoiser):
                 nn.init.zeros_(layer.weight)
         if self.fusion is not None:
             self.fusion.start()
+        self._start_dials()
 
     def denoise(
         self,
@@ -101,6 +105,7 @@ class DiT(Denoiser):
         kept: Tensor | None,
         route: Route | None = None,
         reduced: int = 1,
+        shift: Tensor | None = None,
     ) -> Float[Tensor, "batch out features"]:
         """As `Denoiser.denoise`."""
         positions = self._pooled(self.positions, reduced) if kept is None else self.positions[kept]
@@ -108,7 +113,7 @@ class DiT(Denoiser):
         condition = self.time_embedding(sinusoidal(t, 256))
         if self.class_embedding is not None and labels is not None:
             condition = condition + self.class_embedding(labels)
-        condition = nn.functional.silu(condition)
+        condition = nn.functional.silu(condition if shift is None else condition + shift)
         turn = self.rotary(kept) if reduced == 1 else turned(self._pooled(self.rotary.angles, reduced)[None])
         everything, whole_turn = x, turn
         first, end = span(route, self.fuse, len(self.blocks))
@@ -121,8 +126,7 @@ class DiT(Denoiser):
                 x, turn = self._rejoin(x, everything, positions, None if route is None else route.kept, route), whole_turn
             if x.shape[1]:
                 x = self._run(block, x, condition, turn)
-        scale, shift = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.out(_modulate(self.norm(x), scale, shift))
+        return self.out(_modulate(self.norm(x), *self.modulation(condition)[:, None].chunk(2, dim=-1)))
 
 
 def _absolute_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "patches width"]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from maskdm.config import Transform
 from maskdm.masking import Kept, Route, put_back, span, take
-from maskdm.models.denoiser import Denoiser, SampleSize
+from maskdm.models.denoiser import Denoiser, SampleSize, Scales
 from maskdm.models.layers import Attention, GeluMLP, Norm, Patches, Tokens, in_compute_precision, sinusoidal
 from maskdm.models.wavelet import embedding, head
 
@@ -62,6 +62,8 @@ class UViT(Denoiser):
         transform: Transform = "pixels",
         fuse: int = 0,
         mask_token: bool = False,
+        dial: Scales = None,
+        shortcuts: int = 0,
     ) -> None:
         super().__init__()
         self._set_geometry(sample_size, patch_size, num_classes, transform)
@@ -77,11 +79,13 @@ class UViT(Denoiser):
         self.middle_block = block(skip=False)
         self.up_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
         self._set_rejoining(width, fuse, mask_token)
+        self._set_dials(width, dial, shortcuts)
         self.norm = Norm(width)
         self.out = head(transform, width, in_channels, patch_size)
         self.apply(_initialize)
         if self.fusion is not None:
             self.fusion.start()
+        self._start_dials()
         self.patch_embedding.reset_parameters()  # the published code leaves the patch embedding at the framework's default
 
     def denoise(
@@ -92,12 +96,14 @@ class UViT(Denoiser):
         kept: Tensor | None,
         route: Route | None = None,
         reduced: int = 1,
+        shift: Tensor | None = None,
     ) -> Float[Tensor, "batch out features"]:
         """As `Denoiser.denoise`."""
         x = self.patch_embedding(patches)
         table = self.positions.weight
         x = x + (self._pooled(table[self.num_extras :], reduced) if kept is None else self.positions(kept + self.num_extras))
-        extras = [sinusoidal(t, x.shape[-1])]
+        time = sinusoidal(t, x.shape[-1])
+        extras = [time if shift is None else time + shift]
         if self.class_embedding is not None and labels is not None:
             extras.insert(0, self.class_embedding(labels))
         x = in_compute_precision(torch.cat([torch.stack(extras, dim=1) + table[: self.num_extras], x], dim=1))

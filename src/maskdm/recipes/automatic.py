@@ -9,7 +9,7 @@ from maskdm.config import Budget, Config, Data, Diffusion, DiTConfig, Intervals,
 
 CPU_MINUTES, GPU_MINUTES = 30.0, 240.0
 TOKENS = 2048
-"""In a step on whole images on a CPU: fewer fill it worse, and more images a step teach no more (docs/experiments.md)."""
+"""In a step on whole images on a CPU, at 16 images at least: fewer fill it worse, and more teach no more (docs/experiments.md)."""
 
 MASKED = 0.25
 """Share of the time for the masked stage: what it teaches saturates (docs/experiments.md)."""
@@ -97,7 +97,7 @@ def _model(facts: Facts, size: tuple[int, int]) -> tuple[Model, str]:
 
 def _stages(facts: Facts, model: Model, tokens: int, fine_tune: bool) -> tuple[tuple[Stage, ...], tuple[str, ...]]:
     minutes = CPU_MINUTES if facts.on_cpu else GPU_MINUTES
-    batch = max(16, 2 * TOKENS // tokens) if facts.on_cpu else 256
+    batch = max(32, 2 * TOKENS // tokens) if facts.on_cpu else 256
     lr = 1.5e-3 if model.width < 192 else 1e-3 if model.width < 512 else 2e-4
     whole = Stage("finetune", Budget(images=1), batch=batch // 2, lr=lr if facts.on_cpu else lr * 0.6, warmup=200, decay="cosine")
     if fine_tune:

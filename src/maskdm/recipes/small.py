@@ -39,8 +39,8 @@ def emoji(source: str) -> Config:
         model=SMALL,
         diffusion=Diffusion(schedule="cosine", target="v", stratified=True),
         stages=(
-            Stage("pretrain", Budget(images=80_000), PatchMask(0.75), batch=16, lr=1.5e-3, warmup=50),
-            Stage("finetune", Budget(images=70_000), batch=8, lr=1.5e-3, warmup=50, decay="cosine"),
+            Stage("pretrain", Budget(images=80_000), PatchMask(0.75), batch=32, lr=1.5e-3, warmup=50),
+            Stage("finetune", Budget(images=70_000), batch=16, lr=1.5e-3, warmup=50, decay="cosine"),
         ),
         optimizer=MUON,
     )
@@ -53,8 +53,8 @@ def cifar10(source: str) -> Config:
         model=SMALL,
         diffusion=Diffusion(schedule="cosine", target="v", stratified=True),
         stages=(
-            Stage("pretrain", Budget(images=100_000), PatchMask(0.75), batch=16, lr=1.5e-3, warmup=50),
-            Stage("finetune", Budget(images=160_000), batch=8, lr=1.5e-3, warmup=50, decay="cosine"),
+            Stage("pretrain", Budget(images=100_000), PatchMask(0.75), batch=32, lr=1.5e-3, warmup=50),
+            Stage("finetune", Budget(images=160_000), batch=16, lr=1.5e-3, warmup=50, decay="cosine"),
         ),
         optimizer=MUON,
     )
@@ -67,8 +67,8 @@ def flowers(source: str) -> Config:
         model=MEDIUM,
         diffusion=Diffusion(schedule="cosine", target="v", stratified=True),
         stages=(
-            Stage("pretrain", Budget(images=160_000), PatchMask(0.75), batch=16, lr=1e-3, warmup=50),
-            Stage("finetune", Budget(images=200_000), batch=8, lr=1e-3, warmup=50, decay="cosine"),
+            Stage("pretrain", Budget(images=160_000), PatchMask(0.75), batch=32, lr=1e-3, warmup=50),
+            Stage("finetune", Budget(images=200_000), batch=16, lr=1e-3, warmup=50, decay="cosine"),
         ),
         optimizer=MUON,
     )
@@ -99,7 +99,7 @@ def transfer_pretrain(source: str) -> Config:
         data=Data(source=source, image_size=(64, 64), heldout=0.02),
         model=MEDIUM,
         diffusion=Diffusion(schedule="cosine", target="v", stratified=True),
-        stages=(Stage("pretrain", Budget(images=250_000), PatchMask(0.75), batch=16, lr=1e-3, warmup=50),),
+        stages=(Stage("pretrain", Budget(images=250_000), PatchMask(0.75), batch=32, lr=1e-3, warmup=50),),
         optimizer=MUON,
     )
 
@@ -114,7 +114,7 @@ def transfer(source: str) -> Config:
         data=Data(source=source, image_size=(64, 64), heldout=0.1),
         model=MEDIUM,
         diffusion=Diffusion(schedule="cosine", target="v", stratified=True),
-        stages=(Stage("finetune", Budget(images=25_000), batch=8, lr=3e-4, warmup=50, decay="cosine", start_from="ema"),),
+        stages=(Stage("finetune", Budget(images=25_000), batch=16, lr=3e-4, warmup=50, decay="cosine", start_from="ema"),),
         optimizer=MUON,
         intervals=Intervals(evaluate=250, sample=500, save=250),
     )

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskdm.engine import Lost
+from maskdm.engine import Lost, joined
 from maskdm.report import compare_runs, write_report
 from maskdm.runs.compare import CompareRequest, compare
 from maskdm.runs.data import describe_data
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
+from maskdm.runs.distil import DistilRequest, distil_run
 from maskdm.runs.evaluate import EvaluateRequest, evaluate
+from maskdm.runs.export import ExportRequest, export, parse_formats
 from maskdm.runs.forecast import plan
 from maskdm.runs.observe import Diverged
 from maskdm.runs.pack import PackRequest, pack_data
+from maskdm.runs.push import PushRequest, push
 from maskdm.runs.resolve import TrainRequest
 from maskdm.runs.sample import SampleRequest, sample, sampling_settings
 from maskdm.runs.store import load_pipeline
@@ -24,22 +27,29 @@ from maskdm.runs.train import Interrupted, train
 __all__ = [
     "CompareRequest",
     "Display",
+    "DistilRequest",
     "Diverged",
     "EvaluateRequest",
+    "ExportRequest",
     "Interrupted",
     "Lost",
     "PackRequest",
+    "PushRequest",
     "SampleRequest",
     "SweepRequest",
     "TrainRequest",
     "compare",
     "compare_reports",
     "describe_data",
+    "distil_run",
     "ema_sweep",
     "evaluate",
+    "export",
     "pack_data",
+    "parse_formats",
     "parse_lengths",
     "plan",
+    "push",
     "report_run",
     "sample_run",
     "train",
@@ -47,12 +57,15 @@ __all__ = [
 
 
 def sample_run(request: SampleRequest, display: Display) -> list[Path]:
-    """Draw images from the run that the request names. Raises UserError."""
-    pipeline, origin = load_pipeline(request.run, request.weights, request.ema)
-    display.note(f"weights: {origin}")
-    settings = sampling_settings(RunDirectory(request.run).config(), request)
-    with display.counting(f"drawing {request.num} images") as progress:
-        return sample(request, pipeline, settings, progress)
+    """Draw images from the run that the request names; no paths come from processes other than the first. Raises UserError."""
+    with joined() as ranks:
+        shown = display if ranks.first else Display(quiet=True)
+        pipeline, origin = load_pipeline(request.run, request.weights, request.ema)
+        shown.note(f"weights: {origin}")
+        settings = sampling_settings(RunDirectory(request.run).config(), request)
+        with shown.counting(f"drawing {request.num} images") as progress:
+            paths = sample(request, pipeline, settings, ranks, progress)
+        return paths if ranks.first else []
 
 
 def report_run(path: Path) -> Path:

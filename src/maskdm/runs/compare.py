@@ -26,6 +26,7 @@ from maskdm.runs.contestant import Contestant, Field, work_of
 from maskdm.runs.directory import held, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
+from maskdm.runs.latents import with_latents
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
 from maskdm.runs.sample import draw_images
 from maskdm.runs.sets import CLASSES, images_and_labels, natural_labels, sets_of
@@ -119,6 +120,7 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
         display.note(f"  {arm.name}: {arm.describe()}")
     set_up_torch(base, resolved)
     dataset = prepare_data(resolved, display)
+    base, dataset = with_latents(base, dataset, resolved.machine, Ranks(), display)
     training, heldout = dataset.split(base.data.heldout, base.seed, base.data.limit)
     if len(heldout) < LEAST_MEASURED:
         raise UserError(f"{len(heldout)} held-out images are too few to compare by; hold at least {LEAST_MEASURED} out (--heldout)")

@@ -40,6 +40,8 @@ class RunDirectory:
         self.metrics_file = path / "metrics.json"
         self.evaluations_log = path / "evaluations.jsonl"
         self.best = path / "best"
+        self.base = path / "base"
+        """What adapters adapt, where a run trains such."""
         self.checkpoints = path / "checkpoints"
         self.snapshots = path / "snapshots"
         self.sweep_file = path / "ema_sweep.json"

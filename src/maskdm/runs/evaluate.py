@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 import maskdm
@@ -35,9 +34,10 @@ from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
+from maskdm.runs.latents import with_latents
 from maskdm.runs.resolve import parse_size
 from maskdm.runs.sample import SampleRequest, draw_images, sampling_settings
-from maskdm.runs.sets import CLASSES, LEAST_HELDOUT, dataset_of, image_set, natural_labels, sets_of
+from maskdm.runs.sets import CLASSES, LEAST_HELDOUT, dataset_of, image_set, images_and_labels, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, load_pipeline, state_hash
 from maskdm.sampling import make_scheduler
 
@@ -84,14 +84,15 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     if sampled.num < 10:
         raise UserError(f"--num is {sampled.num}; an evaluation needs at least 10 samples")
     pipeline, origin = load_pipeline(sampled.run, sampled.weights, sampled.ema)
-    dataset = dataset_of(run, config, request.data, display)
+    machine = this_machine(Hardware(precision=sampled.precision))
+    config, dataset = with_latents(config, dataset_of(run, config, request.data, display), machine, ranks, display)
     training, heldout = sets_of(config, dataset)
     if heldout is None:
         display.note(f"fewer than {LEAST_HELDOUT} held-out images: no figure of new real images to compare with; see --heldout of train")
-    machine = this_machine(Hardware(precision=sampled.precision))
     settings = sampling_settings(config, sampled)
     labels = natural_labels(config, dataset, training.rows, sampled.num)
-    samples = _draw(pipeline, settings, sampled, labels, machine, ranks, display)
+    size = (*config.data.image_size, config.data.channels)
+    samples = _draw(pipeline, settings, sampled, labels, size, machine, ranks, display)
     network = choose_network(request.features, training, heldout, 0, machine.device, ranks, display)
     provenance = {
         "maskdm": maskdm.__version__,
@@ -113,7 +114,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     denoising = None
     if heldout is not None and ranks.first:
         display.note("measuring the denoising loss on training and held-out images")
-        denoising = _overfitting(pipeline, config, machine, training, heldout)
+        denoising = _overfitting(pipeline, config, machine, dataset, training, heldout)
     subject = Subject(samples, training, heldout, tuple(pipeline.config["class_names"]))
     found = _measure(request, network, subject, provenance, denoising, ranks, display)
     if not ranks.first:
@@ -136,6 +137,7 @@ def _draw(
     settings: Sampling,
     request: SampleRequest,
     labels: list[int] | None,
+    size: tuple[int, int, int],
     machine: Machine,
     ranks: Ranks,
     display: Display,
@@ -163,24 +165,20 @@ def _draw(
         wanted = None if labels is None else labels[rows]
         return draw_images(pipeline, settings, range(rows.start, rows.stop), wanted, request.seed, machine.precision).transpose(0, 2, 3, 1)
 
-    shape = (request.num, *pipeline.unet.size, pipeline.unet.config["in_channels"])
+    shape = (request.num, *size)
     with display.counting(f"drawing {request.num} samples") as progress:
         pixels = fill(folder / f"{key}.npy", shape, np.uint8, make, ranks, progress)
     return ImageSet(pixels, np.arange(request.num), key, None if labels is None else np.array(labels))
 
 
 def _overfitting(
-    pipeline: maskdm.MaskDMPipeline, config: Config, machine: Machine, training: ImageSet, heldout: ImageSet
+    pipeline: maskdm.MaskDMPipeline, config: Config, machine: Machine, dataset: Dataset, training: ImageSet, heldout: ImageSet
 ) -> dict[str, object]:
     losses = []
     for images in (training, heldout):
-        places = images.places(MOST_DENOISED)
-        labels = None if pipeline.unet.num_classes == 0 else torch.full((len(places),), pipeline.unet.num_classes)
-        if labels is not None and images.labels is not None:
-            labels = torch.from_numpy(images.labels[places])
+        shown, labels = images_and_labels(config, dataset, images.rows[images.places(MOST_DENOISED)], machine.device)
         with autocast(machine.device, machine.precision):
-            pixels = images.take(places).to(machine.device)
-            losses.append(denoising_loss(pipeline.unet, config.diffusion, pixels, None if labels is None else labels.to(machine.device)))
+            losses.append(denoising_loss(pipeline.unet, config.diffusion, shown, labels))
     return overfitting(*losses)
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from maskdm.arithmetic import flops, ideal_speedup
+from maskdm.arithmetic import ideal_speedup, stage_flops
 from maskdm.config import Budget, Config, Ema, NoMask, Stage
 from maskdm.data import Dataset, make_loader
 from maskdm.engine import (
     Machine,
+    Ranks,
     Trainer,
+    adapters,
     available_memory,
     give_back_freed_memory,
     matrix_ceiling,
@@ -30,6 +32,7 @@ from maskdm.evaluation.denoising import LEVELS
 from maskdm.masking import num_kept
 from maskdm.models import build
 from maskdm.runs.display import Display
+from maskdm.runs.latents import with_latents
 from maskdm.runs.observe import GRID_COLUMNS, GRID_ROWS, STRIP_ROWS
 from maskdm.runs.plan import describe_mask, plan_lines
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
@@ -95,7 +98,8 @@ def plan(request: TrainRequest, price_per_hour: float | None, out: Path | None, 
     for line in (*resolved.reasons, *plan_lines(resolved.config, resolved.machine)):
         display.note(f"  {line}")
     set_up_torch(resolved.config, resolved)
-    found = forecast(resolved, prepare_data(resolved, display), price_per_hour, display)
+    config, dataset = with_latents(resolved.config, prepare_data(resolved, display), resolved.machine, Ranks(), display)
+    found = forecast(replace(resolved, config=config), dataset, price_per_hour, display)
     if out is not None:
         write(found, out)
     return describe(found)
@@ -120,7 +124,7 @@ def forecast(resolved: Resolved, dataset: Dataset, price_per_hour: float | None,
     parameters = _parameters(config, classes)
     return Forecast(
         parameters=parameters,
-        flops=sum(flops(config, stage.mask, found.images) for stage, found in zip(config.stages, stages, strict=True)),
+        flops=sum(stage_flops(config, stage, found.images) for stage, found in zip(config.stages, stages, strict=True)),
         tokens=config.tokens,
         images=len(dataset),
         stages=stages,
@@ -200,6 +204,8 @@ def _pieces_that_fit(config: Config, stage: Stage, dataset: Dataset, machine: Ma
 def _trainer(config: Config, stage: Stage, dataset: Dataset, machine: Machine) -> Trainer:
     alone = replace(config, stages=(replace(stage, budget=Budget(steps=10**9)),), init=None)
     model = build(config.model, config.data, len(dataset.class_names) if config.data.conditional else 0)
+    if config.lora.rank:
+        adapters.adapt(model, config.lora, ())
     rows, _ = dataset.split(config.data.heldout, config.seed, config.data.limit)
     return Trainer(alone, make_loader(dataset, rows, config.seed), model, machine.device, machine.precision)
 
@@ -233,7 +239,7 @@ def _stage(config: Config, stage: Stage, found: _Measured, whole: _Measured, cei
         seconds=steps * per_step,
         memory=found.memory,
         images_per_second=rate,
-        share_of_ceiling=rate * flops(config, stage.mask, 1) / ceiling,
+        share_of_ceiling=rate * stage_flops(config, stage, 1) / ceiling,
         speedup=rate / whole.images_per_second if masked else None,
         ideal_speedup=ideal_speedup(config, stage.mask) if masked else None,
     )

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from maskdm.arithmetic import flops, tokens_per_image
+from maskdm.arithmetic import stage_flops, tokens_per_image
 from maskdm.config import Config
 from maskdm.data import Dataset, to_uint8
 from maskdm.draws import ROWS, derive
 from maskdm.engine import Step, Switch, Trainer, autocast, checkpoint, matrix_ceiling, peak_memory, reset_peak_memory, sharding, snapshots
+from maskdm.engine.adapters import merged
 from maskdm.masking import draw, num_sequences
 from maskdm.models import build
 from maskdm.pictures import grid, hide, side_by_side
@@ -24,7 +25,7 @@ from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import TrainingBar
 from maskdm.runs.losses import Losses
 from maskdm.runs.plan import stage_records
-from maskdm.runs.sample import draw_images
+from maskdm.runs.sample import draw_images, sampling_in_stage
 from maskdm.runs.store import checkpoint_name, checkpoint_numbers, load_state, make_pipeline, save_checkpoint, save_pipeline
 from maskdm.runs.watch import Watch
 from maskdm.sampling import seeded
@@ -34,9 +35,8 @@ from maskdm.tracking import Trackers, network_histograms
 GRID_ROWS, GRID_COLUMNS = 10, 5
 STRIP_ROWS, STRIP_COLUMNS = 6, 10
 
-
-SAVING = 600.0
-"""Seconds that a checkpoint may take; so long the other processes wait."""
+SAVING, WATCHING = 600.0, 1800.0
+"""Seconds that a checkpoint, and an evaluation, may take; so long the other processes wait."""
 
 
 class Unsound(Exception):
@@ -66,25 +66,20 @@ class Observer:
         rows: tuple[NDArray[np.int64], NDArray[np.int64]],
         note: Callable[[str], None],
     ) -> None:
-        self.note = note
-        run.say = note
+        self.note = run.say = note
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
         self.ranks, self.network = trainer.ranks, trainer.average.model
-        self.trackers = Trackers(
-            config.tracking if run.writes else (), run.path, trainer.progress.step, to_plain(config), self._tracker_failed
-        )
-        self.trackers.text("config", to_yaml(config), trainer.progress.step)
+        named, step = config.tracking if run.writes else (), trainer.progress.step
+        self.trackers = Trackers(named, run.path, step, to_plain(config), self._tracker_failed)
+        self.trackers.text("config", to_yaml(config), step)
         self.losses = Losses(run, trainer, note)
         self.switch = Switch(trainer, self.watch.loss)
         self._sums = torch.zeros(3, device=trainer.device)  # of losses, their number, and the last gradient norm: of good steps
-        self._saved = -1
+        self._saved, self._snapshots, self._pieces, self._waited = -1, 0, 0, 0.0
         self._ends: str | None = None  # the stage that the latest step has ended
-        self._snapshots = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
-        self._waited = 0.0
         self._ceiling = matrix_ceiling(trainer.device, trainer.precision) * trainer.ranks.world
-        self._pieces = 0
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
 
@@ -128,7 +123,9 @@ class Observer:
         ends = step.ends_stage or self._probe(step)
         self._ends = step.stage.name if ends else None
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
-            self.trackers.scalars(self.watch.evaluate(step), step.number)
+            with self.ranks.at("evaluating", WATCHING):
+                figures = self.watch.evaluate(step)
+            self.trackers.scalars(figures, step.number)
             self.trackers.histograms(
                 lambda: network_histograms(self.trainer.model, self.trainer.optimizer.param_groups, self.trainer.optimizer.state),
                 step.number,
@@ -245,7 +242,7 @@ class Observer:
         found = {
             "images_per_second": rate,
             "tokens_per_second": rate * tokens_per_image(self.config, step.stage.mask),
-            "share_of_ceiling": rate * flops(self.config, step.stage.mask, 1) / self._ceiling,
+            "share_of_ceiling": rate * stage_flops(self.config, step.stage, 1) / self._ceiling,
             "data_wait": waited / seconds,
             "memory": float(peak_memory(self.trainer.device)),
         }
@@ -325,7 +322,8 @@ class Observer:
         part = range(self.ranks.rank * each, (self.ranks.rank + 1) * each)  # as many in each: a network that is cut computes in step
         mine = None if labels is None else [labels[min(i, num - 1)] for i in part]
         with self.ranks.at("drawing samples"):
-            drawn = draw_images(pipeline, self.config.sampling, part, mine, self.config.seed, self.trainer.precision)
+            settings = sampling_in_stage(self.config, self.trainer.progress.stage)
+            drawn = draw_images(pipeline, settings, part, mine, self.config.seed, self.trainer.precision)
             return np.concatenate(self.ranks.gather(drawn))[:num]
 
     # --- the end ---
@@ -337,13 +335,16 @@ class Observer:
         state = sharding.whole(self.trainer.average.model.state_dict())
         if not self.run.writes:
             return
-        if self.trainer.cut:
+        if self.config.lora.rank:
+            state = merged(state, self.config.lora)
+        if self.trainer.cut or self.config.lora.rank:
             self.network = build(self.config.model, self.config.data, len(self.classes)).eval()
             self.network.load_state_dict(state)
         save_pipeline(make_pipeline(self.network, self.config, self.classes), self.run.model)
         samples.save(self.run.path / "samples.png")
-        self._denoising_strip().save(self.run.path / "denoising.png")
-        masks = self._mask_picture()
+        with self.ranks.at("drawing pictures"):
+            self._denoising_strip().save(self.run.path / "denoising.png")
+            masks = self._mask_picture()
         if masks is not None:
             masks.save(self.run.path / "masks.png")
         update_info(self.run, self.trainer, "finished", None)
@@ -362,9 +363,8 @@ class Observer:
 
     def _denoising_strip(self) -> Image.Image:
         """From noise to image: a row per image, the state at evenly spaced steps. Where noise is larger than the image, scaled."""
-        pipeline, steps = make_pipeline(self.network, self.config, self.classes), list[torch.Tensor]()
+        pipeline, steps, settings = make_pipeline(self.network, self.config, self.classes), list[torch.Tensor](), self.config.sampling
         labels = [i * len(self.classes) // STRIP_ROWS for i in range(STRIP_ROWS)] if self.classes else None
-        settings = self.config.sampling
         with autocast(self.trainer.device, self.trainer.precision):
             pipeline(
                 batch_size=STRIP_ROWS,
@@ -376,8 +376,9 @@ class Observer:
                 guide=settings.guide,
                 on_step=lambda _, x: steps.append(x.float().cpu()),
             )
-        chosen = [steps[i] for i in np.linspace(0, len(steps) - 1, min(STRIP_COLUMNS, len(steps))).round().astype(int)]
-        shown = torch.stack([to_uint8(x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)) for x in chosen], dim=1)
+        chosen = np.linspace(0, len(steps) - 1, min(STRIP_COLUMNS, len(steps))).round().astype(int)
+        decoded = [pipeline.to_pixels(steps[i]) for i in chosen]
+        shown = torch.stack([to_uint8(x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)) for x in decoded], dim=1)
         return grid(shown.flatten(0, 1).numpy(), columns=len(chosen))
 
     def _spread(self, num: int) -> NDArray[np.int64]:
@@ -391,10 +392,10 @@ class Observer:
         stage = next((s for s in self.config.stages if draw(s.mask, ROWS, self.config.grid, torch.Generator()) is not None), None)
         if stage is None:
             return None
-        generator = torch.Generator().manual_seed(derive("mask picture", self.config.seed))
         images = self._real(self._spread(6))
-        drawn = draw(stage.mask, ROWS, self.config.grid, generator)
+        drawn = draw(stage.mask, ROWS, self.config.grid, torch.Generator().manual_seed(derive("mask picture", self.config.seed)))
         assert drawn is not None
         kept = drawn[:: num_sequences(stage.mask)][: len(images)]
-        seen = np.stack([hide(image, indices.tolist(), self.config.model.side) for image, indices in zip(images, kept, strict=False)])
+        side = self.config.model.side * self.config.data.latent_factor
+        seen = np.stack([hide(image, indices.tolist(), side) for image, indices in zip(images, kept, strict=False)])
         return grid(np.concatenate([images, seen]), columns=len(images))

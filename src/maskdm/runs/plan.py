@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from maskdm.arithmetic import flops, ideal_speedup
+from maskdm.arithmetic import ideal_speedup, stage_flops
 from maskdm.config import (
     BlockMask,
     Budget,
     Config,
+    Convert,
     CropMask,
     DecodeMask,
     DeferMask,
+    Denoise,
+    Guided,
+    Halve,
+    Lesson,
     Mask,
     NoMask,
     PatchMask,
     ReduceMask,
     RouteMask,
+    Shortcut,
     ViewsMask,
 )
 from maskdm.engine import Machine, Progress
@@ -46,6 +52,21 @@ def describe_mask(mask: Mask) -> str:
             return f"whole images reduced {factor} times"
 
 
+def describe_lesson(lesson: Lesson) -> str:
+    """What a stage learns in a few words; nothing for images, which is what most do."""
+    match lesson:
+        case Denoise():
+            return ""
+        case Convert():
+            return "another target, from images"
+        case Guided():
+            return "guidance in one evaluation, from the teacher"
+        case Halve(steps=steps):
+            return f"sampling in {steps} step{'s' if steps > 1 else ''}, two of the teacher's in one"
+        case Shortcut(steps=steps):
+            return f"sampling in any number of steps down to {steps}, from the teacher and itself"
+
+
 def describe_budget(budget: Budget) -> str:
     """A budget in a few words."""
     parts = [f"{budget.steps} steps"] if budget.steps else []
@@ -68,6 +89,8 @@ def plan_lines(config: Config, machine: Machine) -> list[str]:
         hidden = f"mask {describe_mask(stage.mask)}: {all_of_them if isinstance(stage.mask, ViewsMask | RouteMask) else hides}"
         speed = f"ideally {ideal_speedup(config, stage.mask):.1f}x the speed, "
         what = f"whole images ({patches}), " if isinstance(stage.mask, NoMask) else hidden + speed
+        learns = describe_lesson(stage.lesson)
+        what = f"learns {learns}; {what}" if learns else what
         lines.append(f"stage {stage.name}: {what}{describe_budget(stage.budget)}, batch {stage.batch}, lr {stage.lr:g}")
     return lines
 
@@ -80,6 +103,7 @@ def stage_records(config: Config, progress: Progress) -> list[dict[str, Any]]:
             {
                 "name": stage.name,
                 "mask": describe_mask(stage.mask),
+                "lesson": describe_lesson(stage.lesson) or "images",
                 "hidden": hidden_rate(stage.mask, config.grid),
                 "kept": num_kept(stage.mask, config.grid),
                 "batch": stage.batch,
@@ -90,8 +114,8 @@ def stage_records(config: Config, progress: Progress) -> list[dict[str, Any]]:
                 "images": done.images,
                 "seconds": round(done.seconds, 3),
                 "images_per_second": done.images / done.seconds if done.seconds else None,
-                "flops": flops(config, stage.mask, done.images),
-                "flops_per_image": flops(config, stage.mask, 1),
+                "flops": stage_flops(config, stage, done.images),
+                "flops_per_image": stage_flops(config, stage, 1),
                 "done": number < progress.stage or done.share(stage.budget) >= 1 or done.ended,
                 "ended_early": done.ended,
             }

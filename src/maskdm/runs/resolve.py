@@ -9,11 +9,12 @@ from typing import Any
 
 from maskdm.config import Config
 from maskdm.data import Source, Summary, inspect, open_source
-from maskdm.engine import Machine, this_machine
+from maskdm.engine import Machine, adapters, this_machine
 from maskdm.errors import UserError, shorten
 from maskdm.recipes import choose, recipe
 from maskdm.recipes.automatic import Facts
 from maskdm.runs.directory import RunDirectory
+from maskdm.runs.latents import with_shape
 from maskdm.runs.sample import check_guidance
 from maskdm.sampling import make_scheduler
 from maskdm.settings import differences, find, merge, override, read_yaml
@@ -22,7 +23,7 @@ from maskdm.tracking import require
 Assignments = tuple[tuple[str, str], ...]
 """Settings given on the command line, as (name, text)."""
 
-FIXED = ("data.", "model.", "diffusion.", "init", "seed")
+FIXED = ("data.", "model.", "diffusion.", "init", "lora.", "seed")
 """Settings that a run cannot change once begun, --fork or not: its data and what is held out, network, target, origin."""
 
 
@@ -37,6 +38,10 @@ class TrainRequest:
     settings: Assignments = ()
     dry_run: bool = False
     fork: bool = False
+    base: Config | None = None
+    """The configuration to begin with, where it is neither a recipe's nor chosen."""
+    reasons: tuple[str, ...] = ()
+    """Why that is as it is."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,16 @@ def resolve(request: TrainRequest) -> Resolved:
         _check_same_data(run, source)
     base, reasons = _base(request, run, source)
     config = override(base, request.settings)
-    config = replace(config, data=replace(config.data, source=request.data))
+    config = replace(config, data=with_shape(replace(config.data, source=request.data)))
+    if run.started and run.config().data.autoencoder == config.data.autoencoder:
+        known = run.config().data  # their scale was measured when the run began
+        config = replace(config, data=replace(config.data, latent_mean=known.latent_mean, latent_std=known.latent_std))
     machine = this_machine(config.hardware)
     hardware = replace(config.hardware, device=machine.device.type, precision=machine.precision)  # pyright: ignore[reportArgumentType]
     config = replace(config, hardware=hardware)
     make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)  # refuses what does not fit
     require(config.tracking)
+    adapters.require(config.lora)
     check_guidance(config.sampling, config)
     reasons = (
         *reasons,
@@ -85,6 +94,8 @@ def resolve(request: TrainRequest) -> Resolved:
 
 
 def _base(request: TrainRequest, run: RunDirectory, source: Source) -> tuple[Config, tuple[str, ...]]:
+    if request.base is not None:
+        return request.base, request.reasons
     if request.recipe:
         return _of_recipe(request.recipe, request)
     file = {} if request.config_file is None else read_yaml(request.config_file)

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 import maskdm
-from maskdm.config import Config, GuideName, Hardware, Sampling, SchedulerName
+from maskdm.config import Config, GuideName, Halve, Hardware, Sampling, SchedulerName
 from maskdm.data import to_uint8
-from maskdm.engine import Precision, autocast, out_of_memory, this_machine
+from maskdm.engine import Precision, Ranks, autocast, out_of_memory, this_machine
 from maskdm.errors import UserError, nearest
 from maskdm.pictures import grid, to_pil
 from maskdm.runs.directory import Weights
@@ -23,10 +23,13 @@ from maskdm.sampling import make_scheduler, seeded
 TOKENS = {"cpu": 4096, "cuda": 1 << 18, "mps": 1 << 15}
 """Tokens that the network is given at once, unless the user says otherwise: enough to fill the machine (docs/performance.md)."""
 
+SHOWN = 400
+"""Images in grid.png at most."""
+
 
 def fitting_batch(pipeline: maskdm.MaskDMPipeline, guidance: float = 1.0, guide: GuideName = "label") -> int:
     """Images to compute at a time: a function of the network and the kind of device, so that a seed gives the same images again."""
-    twice = 2 if guidance != 1 and guide == "label" and pipeline.unet.num_classes else 1
+    twice = 2 if guidance != 1 and guide == "label" and pipeline.unet.num_classes and pipeline.unet.guidance_dial is None else 1
     return max(1, TOKENS[pipeline.device.type] // (pipeline.unet.tokens * twice))
 
 
@@ -73,8 +76,7 @@ def draw_images(
         start += len(here)
         if progress is not None:
             progress(start, len(indices))
-    size = pipeline.unet.size
-    return np.concatenate([np.zeros((0, pipeline.unet.config["in_channels"], *size), dtype=np.uint8), *drawn])
+    return np.concatenate(drawn)
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ class SampleRequest:
 
 
 def sample(
-    request: SampleRequest, pipeline: maskdm.MaskDMPipeline, settings: Sampling, progress: Callable[[int, int], None] | None
+    request: SampleRequest, pipeline: maskdm.MaskDMPipeline, settings: Sampling, ranks: Ranks, progress: Callable[[int, int], None] | None
 ) -> list[Path]:
-    """Write sample-000000.png and so on, and grid.png, under settings from `sampling_settings`.
+    """Write sample-000000.png and so on, and grid.png, under settings from `sampling_settings`; each process draws its share.
 
     Returns the paths, the grid last. Raises UserError.
     """
@@ -117,12 +119,15 @@ def sample(
     precision = this_machine(Hardware(precision=request.precision)).precision
     if request.compile:
         pipeline.unet.compile()
-    images = draw_images(pipeline, settings, range(request.num), labels, request.seed, precision, request.batch, progress)
-    paths = [request.out / f"sample-{i:06}.png" for i in range(request.num)]
-    for image, path in zip(images, paths, strict=True):
-        to_pil(image).save(path)
+    paths, part = [request.out / f"sample-{i:06}.png" for i in range(request.num)], ranks.part(request.num)
+    wanted = labels and labels[part.start : part.stop]
+    images = list(draw_images(pipeline, settings, part, wanted, request.seed, precision, request.batch, progress)) if part else []
+    for number, image in zip(part, images, strict=True):
+        to_pil(image).save(paths[number])
+    first_ones = [image for share in ranks.gather(images[: max(0, SHOWN - part.start)]) for image in share]
     overview = request.out / "grid.png"
-    grid(images[:400], columns=max(1, round(min(request.num, 400) ** 0.5))).save(overview)
+    if ranks.first:
+        grid(np.stack(first_ones), columns=max(1, round(len(first_ones) ** 0.5))).save(overview)
     return [*paths, overview]
 
 
@@ -130,6 +135,10 @@ def check_guidance(settings: Sampling, config: Config) -> None:
     """Raise UserError where guidance would have nothing to work with."""
     if settings.guidance == 1:
         return
+    if config.model.dial is not None:
+        low, high = config.model.dial
+        if settings.guide == "path" or not low <= settings.guidance <= high:
+            raise UserError(f"this network is told the guidance scale, from {low:g} to {high:g}; give one of these, and guide label")
     if settings.guide == "path" and not config.model.fuse:
         raise UserError("guide path needs a network trained with model.fuse, and this one has none; use guide label, or guidance 1")
     if settings.guide == "label" and not config.data.conditional:
@@ -148,6 +157,15 @@ def sampling_settings(config: Config, request: SampleRequest) -> Sampling:
     settings = replace(config.sampling, **given)
     check_guidance(settings, config)
     return settings
+
+
+def sampling_in_stage(config: Config, number: int) -> Sampling:
+    """How samples are drawn in a stage, by its number: in as many steps as its student, or the next one's teacher, is made for."""
+    here = config.stages[number].lesson if number < len(config.stages) else None
+    if isinstance(here, Halve):
+        return replace(config.sampling, steps=here.steps)
+    coming = [2 * stage.lesson.steps for stage in config.stages[number:] if isinstance(stage.lesson, Halve)]
+    return replace(config.sampling, steps=coming[0]) if coming else config.sampling
 
 
 def choose_labels(names: Sequence[str], wanted: Sequence[str], num: int) -> list[int] | None:

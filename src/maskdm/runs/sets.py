@@ -67,8 +67,9 @@ def natural_labels(config: Config, dataset: Dataset, rows: NDArray[np.int64], nu
 
 
 def images_and_labels(config: Config, dataset: Dataset, rows: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Some rows for a network of the run: uint8 [n, channels, height, width], and classes [n], the null class where there is none."""
-    images = torch.from_numpy(np.ascontiguousarray(dataset.images[rows].transpose(0, 3, 1, 2))).to(device)
+    """Some rows for the network: uint8 or latents [n, channels, height, width], and classes [n], the null one where there is none."""
+    images = dataset.field(rows).to(device)
+    images = images[:, 0] if images.ndim == 5 else images
     if not config.data.conditional or dataset.labels is None:
         return images, None
     labels = torch.from_numpy(dataset.labels[rows])

@@ -16,9 +16,9 @@ from torch import Tensor
 import maskdm
 from maskdm.config import Config, Hardware
 from maskdm.data import cache_directory as cache_directory
-from maskdm.engine import Trainer, checkpoint, sharding, snapshots, this_machine
+from maskdm.engine import Trainer, adapters, checkpoint, sharding, snapshots, this_machine
 from maskdm.errors import UserError, nearest
-from maskdm.models import Denoiser, build
+from maskdm.models import Denoiser, build, open_autoencoder
 from maskdm.runs.directory import RunDirectory, Weights
 from maskdm.sampling import make_scheduler
 
@@ -75,10 +75,16 @@ def load_denoiser(path: Path, weights: Weights) -> tuple[Denoiser, dict[str, Ten
             raise UserError(f"{path} has no best weights: nothing was evaluated while it trained; use its averaged ones")
         best = checkpoint.load(run.best)
         step, measure, value = (best.numbers[key] for key in ("step", "measure", "value"))
-        return model, best.tensors["average"], f"{run.best} (averaged, at step {step}, {measure} {value:.5g})"
+        return model, whole_weights(run, best.tensors["average"]), f"{run.best} (averaged, at step {step}, {measure} {value:.5g})"
     saved = checkpoint.load(latest)
     name, words = ("average", "averaged") if weights == "ema" else ("model", "as trained")
-    return model, saved.tensors[name], f"{latest} ({words})"
+    return model, whole_weights(run, saved.tensors[name]), f"{latest} ({words})"
+
+
+def whole_weights(run: RunDirectory, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a run's plain network, of what is kept of them: of adapters with what they adapt."""
+    lora = run.config().lora
+    return weights if not lora.rank else adapters.merged(checkpoint.load(run.base).tensors["weights"] | weights, lora)
 
 
 def save_best(run: RunDirectory, trainer: Trainer, averaged: Mapping[str, Tensor], measure: str, value: float) -> None:
@@ -117,12 +123,13 @@ def reconstruct_ema(path: Path, sigma_rel: float, stage: str | None = None) -> t
 
     Raises UserError where there is no run or no snapshot, for a damaged one, and for a length that no average has.
     """
+    run = RunDirectory.existing(path)
     name, stored = stage_snapshots(path, stage)
     weights, fit = snapshots.average(stored, sigma_rel)
     latest = max(each.step for each in stored.values())
     count = f"{len(stored)} snapshot{'s' if len(stored) > 1 else ''}"
     return (
-        weights,
+        whole_weights(run, weights),
         f"{path / 'snapshots' / name} (average of sigma_rel {sigma_rel:g} at step {latest}, from {count}, off by {fit.misfit:.1%})",
     )
 
@@ -130,7 +137,10 @@ def reconstruct_ema(path: Path, sigma_rel: float, stage: str | None = None) -> t
 def make_pipeline(model: Denoiser, config: Config, class_names: list[str]) -> maskdm.MaskDMPipeline:
     """A pipeline with the run's scheduler around a network."""
     scheduler = make_scheduler(config.sampling.scheduler, config.diffusion.schedule, config.diffusion.target)
-    pipeline = maskdm.MaskDMPipeline(model, scheduler, config.diffusion.target, config.diffusion.schedule, class_names)
+    data, diffusion = config.data, config.diffusion
+    vae = None if data.autoencoder is None else open_autoencoder(data.autoencoder).to(model.device)
+    latents = (vae, list(data.latent_mean), list(data.latent_std))
+    pipeline = maskdm.MaskDMPipeline(model, scheduler, diffusion.target, diffusion.schedule, class_names, *latents)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -26,9 +26,10 @@ from maskdm.models import Denoiser, build
 from maskdm.runs.directory import RunDirectory, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
+from maskdm.runs.latents import with_latents
 from maskdm.runs.sample import draw_images
 from maskdm.runs.sets import CLASSES, dataset_of, images_and_labels, natural_labels, sets_of
-from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, make_pipeline, save_pipeline, stage_snapshots
+from maskdm.runs.store import cache_directory, class_names, latest_checkpoint, make_pipeline, save_pipeline, stage_snapshots, whole_weights
 
 MeasureName = Literal["heldout-loss", "kernel-distance"]
 
@@ -90,7 +91,7 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
     last = max(stored.values(), key=lambda each: each.step)
     origin, kept_step, ordinary = _ordinary(run, stage, last.step)
     same_step = kept_step == last.step
-    dataset = dataset_of(run, config, None, display)
+    config, dataset = with_latents(config, dataset_of(run, config, None, display), machine, Ranks(), display)
     measure, about = _measure(request, config, dataset, machine, display)
     points: list[dict[str, Any]] = []
     with display.counting("measuring averages") as progress:
@@ -99,7 +100,7 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
         for number, length in enumerate(request.sigma_rel):
             progress(number + 1, len(request.sigma_rel) + 1)
             weights, fit = snapshots.average(stored, length)
-            model.load_state_dict(weights)
+            model.load_state_dict(whole_weights(run, weights))
             points.append({"sigma_rel": length, **_against(measure(model), kept), "misfit": fit.misfit})
     best = min(points, key=lambda each: each["value"])
     result: dict[str, Any] = {
@@ -119,7 +120,7 @@ def ema_sweep(request: SweepRequest, display: Display) -> str:
     lines = [_HEAD, *(_line(f"{each['sigma_rel']:g}", last.step, each) for each in points)]
     lines += [_line("as trained", kept_step, result["ordinary"]), _verdict(best, same_step), f"written to {run.sweep_file}"]
     if request.save:
-        model.load_state_dict(snapshots.average(stored, best["sigma_rel"])[0])
+        model.load_state_dict(whole_weights(run, snapshots.average(stored, best["sigma_rel"])[0]))
         folder = run.path / f"model-ema-{best['sigma_rel']:g}"
         save_pipeline(make_pipeline(model, config, class_names(run.path)), folder)
         lines.append(f"model written to {folder}")
@@ -135,7 +136,7 @@ def _ordinary(run: RunDirectory, stage: str, step: int) -> tuple[str, int, dict[
     same = [name for name, number, *_ in parts if number == f"{step:08}"]
     ends = [name for name, _, *end in parts if end == [stage]]
     found = checkpoint.load(run.checkpoints / (same or ends or [latest.name])[-1])
-    return str(found.path), found.numbers["progress"]["step"], found.tensors["average"]
+    return str(found.path), found.numbers["progress"]["step"], whole_weights(run, found.tensors["average"])
 
 
 # --- what is measured ---

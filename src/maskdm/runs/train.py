@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -18,15 +19,16 @@ import psutil
 import torch
 
 import maskdm
-from maskdm.config import Config
+from maskdm.config import Config, Convert, Denoise
 from maskdm.data import Dataset, make_loader, prepare
 from maskdm.draws import derive
-from maskdm.engine import Lost, Ranks, Trainer, Transfer, checkpoint, environment, joined, keep_freed_memory, snapshots, transfer
-from maskdm.errors import UserError
+from maskdm.engine import Lost, Ranks, Trainer, Transfer, adapters, checkpoint, environment, joined, keep_freed_memory, snapshots, transfer
+from maskdm.errors import UserError, shorten
 from maskdm.models import Denoiser, build
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display, TrainingBar
+from maskdm.runs.latents import with_latents
 from maskdm.runs.observe import Observer, Unsound, update_info
 from maskdm.runs.plan import plan_lines, stage_records
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
@@ -70,6 +72,8 @@ def _of_one(request: TrainRequest, command: str, display: Display, ranks: Ranks)
         return f"{run.path} is finished already; nothing to do\n{_results(run)}"
     set_up_torch(config, resolved, ranks.beside)
     dataset = ranks.after_first(lambda: prepare_data(resolved, display), first=ranks.local == 0)
+    config, dataset = with_latents(config, dataset, resolved.machine, ranks, display)
+    resolved = replace(resolved, config=config)
     with run.alone() if run.writes else nullcontext():
         if run.writes and run.started != began:
             raise UserError(f"another process has begun a run in {run.path} meanwhile; run the command again")
@@ -82,6 +86,8 @@ def _train(run: RunDirectory, resolved: Resolved, dataset: Dataset, command: str
     model = build(config.model, config.data, len(classes))
     begun = len(checkpoint.names(run.checkpoints)) > 0
     report = [] if begun else initialize(config, model, classes, display)
+    if config.lora.rank:
+        _adapt(run, config, model, report if not begun else None, display)
     training, heldout = dataset.split(config.data.heldout, config.seed, config.data.limit)
     trainer = Trainer(
         config, make_loader(dataset, training, config.seed), model, resolved.machine.device, resolved.machine.precision, ranks
@@ -153,10 +159,14 @@ def initialize(config: Config, model: Denoiser, classes: list[str], display: Dis
     theirs = RunDirectory.existing(path).config()
     for name in ("target", "schedule"):
         was, now = getattr(theirs.diffusion, name), getattr(config.diffusion, name)
-        if was != now:
+        converted = name == "target" and isinstance(config.stages[0].lesson, Convert)
+        if was != now and not converted:
             raise UserError(f"--init {path} was trained with diffusion.{name} {was}, this run has {now}; use --{name} {was}")
     source, weights, origin = load_denoiser(path, config.stages[0].start_from)
-    report = transfer(source, weights, model, same_classes=class_names(path) == classes)
+    theirs = class_names(path)
+    if theirs != classes and not isinstance(config.stages[0].lesson, Denoise):
+        raise UserError(f"{path} knows the classes {shorten(', '.join(theirs), 60)}, and the data has others; give it images of its own")
+    report = transfer(source, weights, model, (theirs, classes))
     display.heading(f"weights from {origin}")
     for fate in ("loaded", "resized", "re-initialised", "unused"):
         of_fate = [each for each in report if each.fate == fate]
@@ -166,6 +176,28 @@ def initialize(config: Config, model: Denoiser, classes: list[str], display: Dis
             for each in of_fate:
                 display.note(f"  {fate}: {each.name} ({each.reason})")
     return report
+
+
+def _adapt(run: RunDirectory, config: Config, model: Denoiser, report: list[Transfer] | None, display: Display) -> None:
+    """Give the network adapters; in a run that goes on (no report) the very weights that they began to adapt."""
+    if report is not None:
+        adapters.adapt(model, config.lora, [each.name for each in report if each.fate in ("resized", "re-initialised")])
+    else:
+        base = checkpoint.load(run.base)
+        adapters.adapt(model, config.lora, base.numbers["trained"])
+        model.load_state_dict(base.tensors["weights"], strict=False)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    others = [name for name, p in model.named_parameters() if p.requires_grad and not adapters.is_adapter(name)]
+    beside = f", {', '.join(others)} among them" if others else ""
+    display.note(f"  adapters of rank {config.lora.rank}: {count:.3g} million weights are trained{beside}; the others stay as they are")
+
+
+def _save_base(run: RunDirectory, trainer: Trainer) -> None:
+    """Keep what the adapters adapt, once, so that checkpoints are small and the run stands by itself."""
+    state = trainer.model.state_dict()
+    changed = trainer.tensors()["model"]
+    others = [name for name in changed if not adapters.is_adapter(name)]
+    checkpoint.save(run.path, run.base.name, {"weights": {n: v for n, v in state.items() if n not in changed}}, {"trained": others})
 
 
 def _begin(
@@ -185,7 +217,7 @@ def _begin(
         "status": "running",
         "error": None,
         "seed": config.seed,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": sum(p.numel() for name, p in trainer.model.named_parameters() if not adapters.is_adapter(name)),
         "model": f"{config.model.kind} {config.model.width} x {config.model.depth}, {config.model.heads} heads, patch {config.model.patch}"
         + (" of wavelets" if config.model.transform == "haar" else ""),
         "data": _describe(resolved, dataset),
@@ -203,6 +235,8 @@ def _begin(
         shutil.copy2(run.config_file, run.path / f"config-before-{datetime.now():%Y%m%d-%H%M%S}.yaml")
     run.write_info(info)
     run.write_config(config)
+    if config.lora.rank and run.writes and not resumed:
+        _save_base(run, trainer)
     run.forget_after(step if resumed else -1)
     snapshots.forget_after(run.snapshots, step if resumed else -1)
     if resumed:

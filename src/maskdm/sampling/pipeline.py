@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -16,25 +17,42 @@ from maskdm.diffusion import Target, convert
 from maskdm.errors import UserError
 from maskdm.masking import Route
 from maskdm.models import Denoiser
+from maskdm.sampling.conditions import conditions
 from maskdm.sampling.schedulers import TARGETS, prediction_type
+
+DECODED = 8
+"""Images that an autoencoder decodes at a time."""
 
 
 class MaskDMPipeline(DiffusionPipeline):
     """Draw images from a trained network.
 
     unet: the network (named as stock pipelines name it). scheduler: any diffusers scheduler for its noise schedule.
-    target and schedule: what the network predicts and how it was noised. class_names: in the order of the labels.
+    target and schedule: what the network predicts and how it was noised. class_names: in the order of the labels. vae: the autoencoder
+    whose latents the network learned, each channel at mean 0 and deviation 1; latent_mean and latent_std are what it was before.
     """
 
+    _optional_components: ClassVar = ["vae"]
+
     def __init__(
-        self, unet: Denoiser, scheduler: Any, target: str = "eps", schedule: str = "linear", class_names: list[str] | None = None
+        self,
+        unet: Denoiser,
+        scheduler: Any,
+        target: str = "eps",
+        schedule: str = "linear",
+        class_names: list[str] | None = None,
+        vae: Any = None,
+        latent_mean: list[float] | None = None,
+        latent_std: list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(target=target, schedule=schedule, class_names=list(class_names or []))
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        names, figures = list(class_names or []), {"latent_mean": list(latent_mean or []), "latent_std": list(latent_std or [])}
+        self.register_to_config(target=target, schedule=schedule, class_names=names, **figures)
 
     unet: Denoiser
     scheduler: Any
+    vae: Any
 
     @torch.no_grad()
     def __call__(
@@ -61,9 +79,11 @@ class MaskDMPipeline(DiffusionPipeline):
         Raises UserError for labels that do not fit.
         """
         labels = self._labels(class_labels, batch_size)
+        clip = clip and self.vae is None  # latents have no bounds
         if guide == "path" and not self.unet.fuse:
             raise UserError("guide path needs a network with fuse, and this one has none; use guide label")
-        guided = guidance_scale != 1 and (guide == "path" or self.unet.num_classes > 0)
+        asked = conditions(self.unet, guidance_scale, guide, num_inference_steps)
+        guided = self.unet.guidance_dial is None and guidance_scale != 1 and (guide == "path" or self.unet.num_classes > 0)
         shape = (batch_size, self.unet.config["in_channels"], *self.unet.size)
         x = randn_tensor(shape, generator=generator, device=self.device)
         if "clip_sample" in self.scheduler.config:  # on in the saved folder, for stock pipelines, which do not clip themselves
@@ -75,15 +95,24 @@ class MaskDMPipeline(DiffusionPipeline):
         steps: Any = self.progress_bar(self.scheduler.timesteps)  # pyright: ignore[reportCallIssue] - diffusers binds it oddly
         for number, t in enumerate(steps):
             model_input = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
-            output = self._predict(model_input, t, labels, guidance_scale if guided else 1.0, guide)
+            output = self._predict(model_input, t, labels, guidance_scale if guided else 1.0, guide, asked)
             x = self.scheduler.step(self._for_scheduler(output, model_input, t, clip), t, x, **extra).prev_sample
             if on_step is not None:
                 on_step(number, x)
-        images = (x / 2 + 0.5).clamp(0, 1)
+        images = (self.to_pixels(x) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             array = images.permute(0, 2, 3, 1).float().cpu().numpy()
             images = self.numpy_to_pil(array) if output_type == "pil" else array
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # pyright: ignore[reportArgumentType]
+
+    @torch.no_grad()
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] in about -1..1 from what the network learned: the same, or decoded latents."""
+        if self.vae is None:
+            return x
+        mean, std = (torch.tensor(self.config[name], device=self.vae.device)[:, None, None] for name in ("latent_mean", "latent_std"))
+        latents = x.to(self.vae.device) * std + mean
+        return torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample for part in latents.split(DECODED)]).to(x.device)
 
     def _labels(self, labels: list[int] | Tensor | None, batch: int) -> Tensor | None:
         null = self.unet.num_classes
@@ -96,15 +125,23 @@ class MaskDMPipeline(DiffusionPipeline):
             raise UserError(f"give one label per image, from 0 to {null - 1} ({null} for none): {batch} images, labels {labels.tolist()}")
         return labels
 
-    def _predict(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance: float, guide: GuideName = "label") -> Tensor:
+    def _predict(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        guidance: float,
+        guide: GuideName = "label",
+        asked: Mapping[str, float] = MappingProxyType({}),
+    ) -> Tensor:
         if guidance == 1.0:
-            return self.unet(x, t, labels).sample
+            return self.unet(x, t, labels, **asked).sample
         null = None if labels is None else torch.full_like(labels, self.unet.num_classes)
         if guide == "path":
             nothing = Route(torch.zeros(len(x), 0, dtype=torch.int64, device=x.device), self.unet.fuse, self.unet.fuse)
-            return torch.lerp(self.unet(x, t, null, route=nothing).sample, self.unet(x, t, labels).sample, guidance)
+            return torch.lerp(self.unet(x, t, null, route=nothing, **asked).sample, self.unet(x, t, labels, **asked).sample, guidance)
         assert labels is not None and null is not None
-        conditional, unconditional = self.unet(torch.cat([x, x]), t, torch.cat([labels, null])).sample.chunk(2)
+        conditional, unconditional = self.unet(torch.cat([x, x]), t, torch.cat([labels, null]), **asked).sample.chunk(2)
         return torch.lerp(unconditional, conditional, guidance)
 
     def _for_scheduler(self, output: Tensor, x: Tensor, t: Tensor, clip: bool) -> Tensor:

@@ -1,0 +1,1 @@
+../src/maskdm/export/onnx_sample.py
