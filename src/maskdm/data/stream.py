@@ -26,7 +26,9 @@ Rows = NDArray[np.int64]
 
 def make_loader(dataset: Dataset, indices: Rows, seed: int) -> Loader:
     """The loader that goes with where a data set's images are."""
-    return ShardLoader(dataset, indices, seed) if isinstance(dataset, ShardDataset) else Loader(dataset, indices, seed)
+    if isinstance(dataset, ShardDataset) and dataset.latents is None:
+        return ShardLoader(dataset, indices, seed)
+    return Loader(dataset, indices, seed)
 
 
 class ShardLoader(Loader):

@@ -344,9 +344,8 @@ class Observer:
         samples.save(self.run.path / "samples.png")
         with self.ranks.at("drawing pictures"):
             self._denoising_strip().save(self.run.path / "denoising.png")
-            masks = self._mask_picture()
-        if masks is not None:
-            masks.save(self.run.path / "masks.png")
+            if (masks := self._mask_picture()) is not None:
+                masks.save(self.run.path / "masks.png")
         update_info(self.run, self.trainer, "finished", None)
         write_report(self.run.path)
 
