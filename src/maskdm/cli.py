@@ -335,11 +335,8 @@ def _compare(verb: Compare, settings: list[tuple[str, str]]) -> int:
     from maskdm import runs
 
     request = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings))
-    try:
-        print(runs.compare(runs.CompareRequest(request, verb.budget, verb.arms, verb.seeds, verb.features, verb.num), runs.Display()))
-    except runs.Interrupted as stop:
-        return _fail(str(stop), 130)
-    return 0
+    asked = runs.CompareRequest(request, verb.budget, verb.arms, verb.seeds, verb.features, verb.num)
+    return _trained(lambda: runs.compare(asked, runs.Display()))
 
 
 def _evaluate(verb: Evaluate) -> str:

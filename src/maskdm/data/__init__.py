@@ -10,7 +10,7 @@ from maskdm.data.latents import Latents
 from maskdm.data.loader import Batch, Loader, flip, to_model_range, to_uint8
 from maskdm.data.packing import pack
 from maskdm.data.prepare import prepare
-from maskdm.data.shards import Loss
+from maskdm.data.shards import Loss, ShardDataset
 from maskdm.data.source import Source
 from maskdm.data.sources import open_source
 from maskdm.data.stream import ShardLoader, make_loader
@@ -25,6 +25,7 @@ __all__ = [
     "Loader",
     "Loss",
     "Pixels",
+    "ShardDataset",
     "ShardLoader",
     "Source",
     "Summary",

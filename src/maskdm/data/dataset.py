@@ -64,6 +64,11 @@ class Dataset:
         """The number of images."""
         return len(self.images)
 
+    @property
+    def whole(self) -> Pixels:
+        """The images, of which every one is there: for what is kept, or compared with another run's. Else a UserError when asked."""
+        return self.images
+
     def field(self, rows: NDArray[np.int64]) -> Tensor:
         """What a network sees of some rows: uint8 [n, channels, height, width], or latents [n, views, channels, height, width]."""
         if self.latents is not None:

@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import overload
 
@@ -15,10 +16,10 @@ import numpy as np
 
 from maskdm.data import shards
 from maskdm.data.decode import BrokenImage
-from maskdm.data.index import INDEX, Index, read_index
+from maskdm.data.index import INDEX, Index, hash_of, read_index
 from maskdm.data.remote import LostShard, RangeFile, is_http
 from maskdm.data.source import Source
-from maskdm.data.tables import open_parquet
+from maskdm.data.tables import one_split, open_parquet
 from maskdm.data.tars import index_of
 from maskdm.errors import UserError
 
@@ -59,8 +60,10 @@ def open_shards(location: str, folder: str) -> Source:
 
 
 def open_tars(location: str, base: str, names: Sequence[str]) -> Source:
-    """Shards that others have written: they are read through once. Raises UserError."""
-    return _of_index(location, index_of(base, names, shards.REMOTE))
+    """Shards that others have written: they are read through once. Of several splits one is taken. Raises UserError."""
+    names, notes = one_split(names)
+    source = _of_index(location, index_of(base, names, shards.REMOTE))
+    return replace(source, notes=(*notes, *source.notes))
 
 
 def open_pattern(location: str) -> Source:
@@ -71,7 +74,7 @@ def open_pattern(location: str) -> Source:
         if is_http(location):
             raise UserError(f"{location}: a web server does not list its files; write {{000..099}} for the part that counts up")
         there = shards.REMOTE.names(base or ".")
-        names = sorted({name for pattern in names for name in fnmatch.filter(there, pattern)})
+        names = sorted({name for pattern in names for name in fnmatch.filter(there, pattern) if "/" not in name})
     if not names:
         raise UserError(f"{location} stands for no file that is there")
     return _open_names(location, base or ".", names)
@@ -121,9 +124,12 @@ def _of_index(location: str, index: Index) -> Source:
     def read(row: int) -> bytes:
         shard, record = int(index.shard_of(np.array([row]))[0]), index.records[row]
         try:
-            return shards.REMOTE.read(index.address(shard), int(record["offset"]), int(record["length"]))
+            body = shards.REMOTE.read(index.address(shard), int(record["offset"]), int(record["length"]))
         except LostShard as error:
             raise BrokenImage(str(error)) from error
+        if hash_of(body) != int(record["hash"]):
+            raise BrokenImage("its bytes are not those of the index")
+        return body
 
     classes = f", {len(index.class_names)} classes" if index.class_names else ""
     return Source(

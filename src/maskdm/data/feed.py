@@ -32,7 +32,8 @@ class Feed:
         self._stretch: tuple[int, int, list[range]] | None = None
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            if not loader.streams and loader.dataset.latents is None and loader.dataset.images.nbytes <= RESIDENT_SHARE * free:
+            local = not loader.streams and loader.dataset.latents is None
+            if local and loader.dataset.images.nbytes <= RESIDENT_SHARE * free:
                 self.keep()
             else:
                 self.read_ahead()

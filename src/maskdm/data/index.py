@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ RECORD = np.dtype([("offset", "<u8"), ("length", "<u4"), ("label", "<i4"), ("has
 """Of one image: its bytes in the shard, its class or -1, and the first bytes of its bytes' SHA-256."""
 
 PIECE = 8 << 20
+HEADER = 4096
+"""Bytes that NumPy puts before an array, at most."""
 
 Records = NDArray[Any]
 """[n], of type RECORD."""
@@ -132,10 +135,13 @@ def read_index(folder: str, remote: Remote, base: str | None = None) -> Index:
         if not is_index(body) or found["format"] != FORMAT:
             raise UserError(f"{where} is no index of shards that this version reads ({FORMAT}); write them again by `maskdm pack`")
         shards = tuple(Shard(**each) for each in found["shards"])
-        path = _records(folder, found["records"], remote)
+        _check(shards)
+        path = _records(folder, found["records"], sum(shard.images for shard in shards), remote)
         records = np.load(path, mmap_mode="r", allow_pickle=False)
         if records.dtype != RECORD or len(records) != sum(shard.images for shard in shards):
             raise ValueError(f"{RECORDS} does not fit it")
+        if len(records) and not -1 <= int(records["label"].min()) <= int(records["label"].max()) < max(1, len(found["class_names"])):
+            raise ValueError(f"{RECORDS} has classes that it does not name")
         key, lost = hashlib.sha256(body).hexdigest(), tuple((name, reason) for name, reason in found["lost"])
         size = int(found["height"]), int(found["width"])
         return Index(base or folder, shards, records, tuple(found["class_names"]), *size, found["gray"], lost, key, path.parent)
@@ -145,20 +151,45 @@ def read_index(folder: str, remote: Remote, base: str | None = None) -> Index:
         raise UserError(f"{where} cannot be read as an index of shards ({error}); write them again by `maskdm pack`") from error
 
 
-def _records(folder: str, about: dict[str, Any], remote: Remote) -> Path:
-    """The file of the records on this machine, fetched once where it is elsewhere. Raises ValueError where it is another."""
+def _check(shards: Sequence[Shard]) -> None:
+    """Raise ValueError where an entry is none, or names a file elsewhere."""
+    for shard in shards:
+        place = PurePosixPath(shard.name)
+        if place.is_absolute() or ".." in place.parts or "://" in shard.name or "\\" in shard.name:
+            raise ValueError(f"it names the file {shard.name}, which lies elsewhere")
+        if not (isinstance(shard.images, int) and isinstance(shard.size, int) and 0 <= shard.images <= shard.size):
+            raise ValueError(f"it says that {shard.name} has {shard.size} bytes and {shard.images} images")
+
+
+def _records(folder: str, about: dict[str, Any], count: int, remote: Remote) -> Path:
+    """The file of so many records on this machine, fetched once where it is elsewhere. Raises ValueError where it is another."""
+    size = int(about["size"])
+    if not 0 < size - count * RECORD.itemsize <= HEADER:
+        raise ValueError(f"{RECORDS} of {size} bytes does not fit its {count} images")
     if "://" not in folder:
         path = Path(folder) / RECORDS
-        if path.stat().st_size != about["size"]:
+        if path.stat().st_size != size:
             raise ValueError(f"{RECORDS} has another size than it had")
         return path
     path = cache_directory() / f"shards-{about['sha256'][:32]}" / RECORDS
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # the processes of a machine fetch it once
         if not path.is_file():
-            address, size = f"{folder}/{RECORDS}", int(about["size"])
-            body = b"".join(remote.read(address, first, min(PIECE, size - first)) for first in range(0, size, PIECE))
-            if hashlib.sha256(body).hexdigest() != about["sha256"]:
-                raise ValueError(f"{RECORDS} is not the file that belongs to it")
-            put(path, body)
+            _fetch(f"{folder}/{RECORDS}", size, about["sha256"], path, remote)
     return path
+
+
+def _fetch(address: str, size: int, digest: str, path: Path, remote: Remote) -> None:
+    """Copy a file piece by piece: of many images it is larger than memory. Raises ValueError where it is another."""
+    partial, found = path.with_suffix(".part"), hashlib.sha256()
+    with partial.open("wb") as file:
+        for first in range(0, size, PIECE):
+            piece = remote.read(address, first, min(PIECE, size - first))
+            found.update(piece)
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    if found.hexdigest() != digest:
+        partial.unlink()
+        raise ValueError(f"{RECORDS} is not the file that belongs to it")
+    partial.replace(path)

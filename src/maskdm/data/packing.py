@@ -50,10 +50,17 @@ class _Item:
     pixels: NDArray[np.uint8]
 
 
-def pack(source: Source, settings: Data, folder: Path, shard_images: int, progress: Progress | None = None) -> Index:
+def pack(
+    source: Source,
+    settings: Data,
+    folder: Path,
+    shard_images: int,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Index:
     """Write all images of a source, in its order. A second call goes on where the first was stopped.
 
-    A shard's images are in memory at a time. Images that cannot be read are left out, up to `settings.max_broken`.
+    A shard's images are in memory at a time. Images that cannot be read are left out, up to `settings.max_broken`, and told to `note`.
     Raises UserError: too many of those, or a folder with other things in it.
     """
     if shard_images < 1:
@@ -67,6 +74,8 @@ def pack(source: Source, settings: Data, folder: Path, shard_images: int, progre
         _note(folder / PARTS, part)
         parts.append(part)
     broken = [each for part in parts for each in part.broken]
+    for name, reason in broken if note is not None else []:
+        note(f"{name} is left out: {reason}")
     images = sum(part.shard.images for part in parts)
     check_broken(source, settings, tuple(broken), images)
     size, gray = settings.image_size, settings.channels == 1

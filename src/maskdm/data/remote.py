@@ -22,6 +22,8 @@ PIECE = 1 << 16
 LONGEST_PAUSE = 30.0
 SLOWEST = 50_000
 """Bytes a second: below it a read is given up, after `patience`."""
+MOST_AT_ONCE = 1 << 30
+"""Bytes of a file that is read as a whole."""
 LEVELS = 4
 """Of folders that are looked through, behind a URL."""
 GONE = (401, 403, 404, 410, 416)
@@ -44,6 +46,8 @@ class Remote:
     def read(self, address: str, start: int, length: int) -> bytes:
         """The bytes [start, start + length) of a path or URL. After a failure it goes on where it was. Raises LostShard."""
         got = bytearray()
+        if length <= 0:
+            return b""
         if not is_http(address):
             return self._read_other(address, start, length)
 
@@ -65,6 +69,8 @@ class Remote:
                 given = response.headers.get("Content-Length")
             if given is None:
                 raise LostShard(f"{address}: the server does not say how long it is")
+            if not given.isdecimal():
+                raise LostShard(f"{address}: the server says that it is '{given[:40]}' bytes long")
             found.append(int(given))
             return True
 
@@ -72,8 +78,11 @@ class Remote:
         return found[0]
 
     def read_all(self, address: str) -> bytes:
-        """A whole file. Raises LostShard."""
-        return self.read(address, 0, self.size(address))
+        """A whole file, of a size that memory takes. Raises LostShard."""
+        size = self.size(address)
+        if size > MOST_AT_ONCE:
+            raise LostShard(f"{address}: has {size / 1e9:.3g} GB, which is too much for an index")
+        return self.read(address, 0, size)
 
     def names(self, address: str) -> list[str]:
         """The files below a folder, some levels down, by their names from there. Raises LostShard."""

@@ -133,6 +133,10 @@ class Reader:
         """Whether it is known that an image cannot be read."""
         return row in self._broken or int(self.index.shard_of(np.array([row]))[0]) in self._lost
 
+    def loss_of(self, row: int) -> Loss:
+        """Why an image, which is lost, is."""
+        return self._broken.get(row) or self._lost[int(self.index.shard_of(np.array([row]))[0])]
+
     def news(self) -> list[Loss]:
         """What was found lost since this was last asked."""
         with self._lock:
@@ -160,12 +164,19 @@ class Reader:
             refuse(self.index.base, [(each.name, each.reason) for each in found], count, total)
 
 
-def refuse(name: str, lost: Sequence[tuple[str, str]], count: int, total: int) -> None:
-    """Say that too many images cannot be read. Raises UserError."""
+def refuse(
+    name: str,
+    lost: Sequence[tuple[str, str]],
+    count: int,
+    total: int,
+    what: str = "images",
+    way: str = "mend that, and the same command goes on",
+) -> None:
+    """Say that too many cannot be read, and the way out. Raises UserError."""
     first = "; ".join(f"{shard}: {reason}" for shard, reason in lost[:3]) + (f"; and {len(lost) - 3} more" if len(lost) > 3 else "")
     share = min(1.0, ceil(100 * count / max(1, total)) / 100)
     raise UserError(
-        f"{count} of {total} images of {name} cannot be read ({first}); mend that, and the same command goes on, "
+        f"{count} of {total} {what} of {name} cannot be read ({first}); {way}, "
         f"or begin a run that goes on without them by --max-broken {share:g}"
     )
 
@@ -173,14 +184,14 @@ def refuse(name: str, lost: Sequence[tuple[str, str]], count: int, total: int) -
 class ShardImages:
     """Images of shards, indexed as an array [n, height, width, channels]: what is asked for is read.
 
-    In place of an image that is lost stands the next of those asked for at once that is not.
+    In place of an image that is lost stands the next of those asked for at once that is not; if it is `strict`, nothing does.
     """
 
     nbytes = 0
     """Of pixels that are kept on this machine."""
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
+    def __init__(self, reader: Reader, strict: bool = False) -> None:
+        self.reader, self.strict = reader, strict
         settings = reader.settings
         self.shape = (len(reader.index), *settings.image_size, settings.channels)
         self.dtype = np.dtype(np.uint8)
@@ -192,7 +203,7 @@ class ShardImages:
         return self.shape[0]
 
     def __getitem__(self, key: int | np.integer | slice | NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Pixels [n, height, width, channels] of some rows, or [height, width, channels] of one. Raises UserError: all are lost."""
+        """Pixels [n, height, width, channels] of some rows, or [height, width, channels] of one. Raises UserError: all are lost, or any."""
         if isinstance(key, int | np.integer):
             return self._take([range(len(self))[key]])[0]
         rows = list(range(len(self))[key]) if isinstance(key, slice) else np.asarray(key).tolist()
@@ -202,13 +213,20 @@ class ShardImages:
         missing = [row for row in rows if row not in self._kept]
         self._keep(self.reader.bodies(np.array(missing, dtype=np.int64)))
         found = self.reader.decode([(row, self._kept[row]) for row in dict.fromkeys(rows) if row in self._kept])
-        if not found:
-            reason = "; ".join(f"{each.name}: {each.reason}" for each in self.reader.news()[:3]) or "they were found lost before"
-            raise UserError(f"none of {len(rows)} images of {self.reader.index.base} can be read ({reason})")
+        gone = [row for row in dict.fromkeys(rows) if row not in found]
+        if gone and (self.strict or not found):
+            self._refuse(gone, len({*rows}))
         there = [i for i, row in enumerate(rows) if row in found]
         taken = np.stack([found[rows[there[int(np.searchsorted(there, i)) % len(there)]]] for i in range(len(rows))])
         self._forget()
         return taken
+
+    def _refuse(self, gone: list[int], asked: int) -> None:
+        first = "; ".join(f"{loss.name}: {loss.reason}" for loss in {self.reader.loss_of(row): None for row in gone[:100]})[:500]
+        raise UserError(
+            f"{len(gone)} of {asked} images asked for of {self.reader.index.base} cannot be read ({first}), and nothing can stand in for "
+            f"them here; mend that, and the same command goes on"
+        )
 
     def _keep(self, bodies: dict[int, bytes]) -> None:
         self._kept |= bodies
@@ -234,6 +252,11 @@ class ShardDataset(Dataset):
         return self.reader.index
 
     @cached_property
+    def whole(self) -> ShardImages:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The images, of which every one is there; a UserError where one is not."""
+        return ShardImages(self.reader, strict=True)
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The name of each image."""
         return tuple(self.index.name_of(row) for row in range(len(self)))
@@ -253,7 +276,7 @@ def open_dataset(index: Index, settings: Data, name: str, notes: tuple[str, ...]
     if index.lost:
         share = len(index.lost), len(index.lost) + len(index.shards)
         if share[0] > settings.max_broken * share[1]:
-            refuse(name, index.lost, *share)
+            refuse(name, index.lost, *share, "shards", f"mend that, remove {index.path}, and run the command again")
     colour = settings.background.removeprefix("#").lower()
     content = hashlib.sha256(json.dumps([index.key, settings.image_size, settings.channels, settings.fit, colour]).encode()).hexdigest()
     return ShardDataset(

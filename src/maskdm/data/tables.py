@@ -90,7 +90,7 @@ class _Columns:
 def open_parquet(location: str, names: Sequence[str], open_file: Callable[[str], Any], identify: Callable[[], str] | None = None) -> Source:
     """Parquet files, as one table. `open_file` gives a name's path or opened file. Raises UserError where they do not go together."""
     parquet = _require("pyarrow.parquet", location)
-    names, notes = _one_split(names)
+    names, notes = one_split(names)
     try:
         files = [parquet.ParquetFile(open_file(name)) for name in names]
         columns = _find_columns(location, files[0].schema_arrow)
@@ -176,12 +176,12 @@ def _require(module: str, location: str) -> Any:
         raise UserError(f"{location} needs the package {module.split('.')[0]}; pip install 'maskdm[data]'") from error
 
 
-def _one_split(names: Sequence[str]) -> tuple[Sequence[str], tuple[str, ...]]:
-    """Of files named by split, as the Hugging Face hub lays them out (train-00000-of-00002.parquet), those of one."""
+def one_split(names: Sequence[str]) -> tuple[Sequence[str], tuple[str, ...]]:
+    """Of files named by split, as the Hugging Face hub lays them out (train-00000-of-00002.parquet, or in folders), those of one."""
     of: dict[str, list[str]] = {}
     for name in names:
-        stem = name.rsplit("/", 1)[-1]
-        of.setdefault(next((split for split in SPLITS if stem.startswith(split)), ""), []).append(name)
+        *folders, stem = name.split("/")
+        of.setdefault(next((split for split in SPLITS if stem.startswith(split) or split in folders), ""), []).append(name)
     if len(of) < 2 or "" in of:
         return names, ()
     split = next(split for split in SPLITS if split in of)

@@ -68,10 +68,10 @@ class Ranks:
     @contextmanager
     def at(self, what: str, limit: float = LONG) -> Generator[None]:
         """Be at something that may take long; the others wait."""
-        before = "training" if self.pulse is None else self.pulse.at
+        before = ("training", STEP) if self.pulse is None else self.pulse.at
         self.mark(what, limit)
         yield
-        self.mark(before)
+        self.mark(*before)
 
     def wait(self, what: str = "the others") -> None:
         """Return when all processes have come here. Nobody is in a collective meanwhile."""
@@ -139,9 +139,9 @@ class Pulse(threading.Thread):
         self._at: tuple[str, float, float] = ("starting", time.monotonic(), LONG)
 
     @property
-    def at(self) -> str:
-        """What the main thread is at."""
-        return self._at[0]
+    def at(self) -> tuple[str, float]:
+        """What the main thread is at, and how many seconds that may take."""
+        return self._at[0], self._at[2]
 
     def mark(self, what: str, limit: float) -> None:
         """What the main thread is at."""

@@ -33,6 +33,8 @@ def describe_data(location: str, image_size: str | None, display: Display) -> st
     height, width = settings.image_size
     lines.append(f"prepared as {height} x {width}, {'gray' if settings.channels == 1 else 'RGB'}, fit {settings.fit}: {choice.reasons[0]}")
     lines += [*source.notes, *(note for note in dataset.notes if note not in source.notes)]
+    if source.index is not None:
+        lines.append("shards are not read for this: what is broken in them is named while training; duplicates have the same bytes")
     lines += _listed("broken, skipped", [f"{name}: {reason}" for name, reason in dataset.broken])
     lines += _listed("exact duplicates, kept on one side of the held-out split", [" = ".join(group) for group in duplicates(dataset)])
     share = len(dataset.broken) / max(1, len(source))

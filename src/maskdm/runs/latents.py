@@ -62,7 +62,7 @@ def with_latents(config: Config, dataset: Dataset, machine: Machine, ranks: Rank
     def make(rows: slice) -> NDArray[np.float16]:
         parts: list[Tensor] = []
         for first in range(rows.start, rows.stop, batch):
-            pixels = torch.tensor(dataset.images[first : min(first + batch, rows.stop)].transpose(0, 3, 1, 2))
+            pixels = torch.tensor(dataset.whole[first : min(first + batch, rows.stop)].transpose(0, 3, 1, 2))
             images = to_model_range(pixels.to(machine.device))
             parts.append(torch.stack([encode(autoencoder, x) for x in (images, images.flip(-1))[:views]], dim=1).cpu())
         return torch.cat(parts).numpy().astype(np.float16)

@@ -35,8 +35,8 @@ from maskdm.tracking import Trackers, network_histograms
 GRID_ROWS, GRID_COLUMNS = 10, 5
 STRIP_ROWS, STRIP_COLUMNS = 6, 10
 
-SAVING = 600.0
-"""Seconds that a checkpoint may take; so long the other processes wait."""
+SAVING, WATCHING = 600.0, 1800.0
+"""Seconds that a checkpoint, and an evaluation, may take; so long the other processes wait."""
 
 
 class Unsound(Exception):
@@ -70,16 +70,15 @@ class Observer:
         self.run, self.config, self.trainer, self.dataset = run, config, trainer, dataset
         self.watch = Watch(run, config, trainer, dataset, rows, self._draw)
         self.ranks, self.network = trainer.ranks, trainer.average.model
-        asked = config.tracking if run.writes else ()
-        self.trackers = Trackers(asked, run.path, trainer.progress.step, to_plain(config), self._tracker_failed)
-        self.trackers.text("config", to_yaml(config), trainer.progress.step)
-        self.losses, self.switch = Losses(run, trainer, note), Switch(trainer, self.watch.loss)
+        named, step = config.tracking if run.writes else (), trainer.progress.step
+        self.trackers = Trackers(named, run.path, step, to_plain(config), self._tracker_failed)
+        self.trackers.text("config", to_yaml(config), step)
+        self.losses = Losses(run, trainer, note)
+        self.switch = Switch(trainer, self.watch.loss)
         self._sums = torch.zeros(3, device=trainer.device)  # of losses, their number, and the last gradient norm: of good steps
-        self._saved = -1
+        self._saved, self._snapshots, self._pieces, self._waited = -1, 0, 0, 0.0
         self._ends: str | None = None  # the stage that the latest step has ended
-        self._snapshots = self._pieces = 0
         self._speed = (0, 0.0)  # images and seconds of the stage at the last line of metrics
-        self._waited = 0.0
         self._ceiling = matrix_ceiling(trainer.device, trainer.precision) * trainer.ranks.world
 
     # --- the mean of the losses since the last line is part of a run's state, so that a resumed log is the same ---
@@ -124,7 +123,9 @@ class Observer:
         ends = step.ends_stage or self._probe(step)
         self._ends = step.stage.name if ends else None
         if (every.evaluate and step.number % every.evaluate == 0) or ends:
-            self.trackers.scalars(self.watch.evaluate(step), step.number)
+            with self.ranks.at("evaluating", WATCHING):
+                figures = self.watch.evaluate(step)
+            self.trackers.scalars(figures, step.number)
             self.trackers.histograms(
                 lambda: network_histograms(self.trainer.model, self.trainer.optimizer.param_groups, self.trainer.optimizer.state),
                 step.number,
@@ -341,10 +342,10 @@ class Observer:
             self.network.load_state_dict(state)
         save_pipeline(make_pipeline(self.network, self.config, self.classes), self.run.model)
         samples.save(self.run.path / "samples.png")
-        self._denoising_strip().save(self.run.path / "denoising.png")
-        masks = self._mask_picture()
-        if masks is not None:
-            masks.save(self.run.path / "masks.png")
+        with self.ranks.at("drawing pictures"):
+            self._denoising_strip().save(self.run.path / "denoising.png")
+            if (masks := self._mask_picture()) is not None:
+                masks.save(self.run.path / "masks.png")
         update_info(self.run, self.trainer, "finished", None)
         write_report(self.run.path)
 
@@ -361,7 +362,7 @@ class Observer:
 
     def _denoising_strip(self) -> Image.Image:
         """From noise to image: a row per image, the state at evenly spaced steps. Where noise is larger than the image, scaled."""
-        pipeline, steps = make_pipeline(self.network, self.config, self.classes), list[torch.Tensor]()
+        pipeline, steps, settings = make_pipeline(self.network, self.config, self.classes), list[torch.Tensor](), self.config.sampling
         labels = [i * len(self.classes) // STRIP_ROWS for i in range(STRIP_ROWS)] if self.classes else None
         with autocast(self.trainer.device, self.trainer.precision):
             pipeline(

@@ -46,7 +46,7 @@ def pack_data(request: PackRequest, display: Display) -> str:
     for note in source.notes:
         display.note(note)
     with display.counting("packing images") as progress:
-        index = pack(source, settings, request.out, request.shard_images, progress)
+        index = pack(source, settings, request.out, request.shard_images, progress, display.note)
     left = len(source) - len(index)
     size_mb = sum(shard.size for shard in index.shards) / 1e6
     skipped = f", {left} that cannot be read left out" if left else ""

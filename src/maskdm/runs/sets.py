@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskdm.config import Config
-from maskdm.data import Dataset, open_source, prepare
+from maskdm.data import Dataset, ShardDataset, open_source, prepare
 from maskdm.errors import UserError
 from maskdm.evaluation import ImageSet, digest
 from maskdm.runs.directory import RunDirectory
@@ -44,11 +44,13 @@ def sets_of(config: Config, dataset: Dataset) -> tuple[ImageSet, ImageSet | None
     return image_set(dataset, training, config.data.conditional), new
 
 
-def image_set(dataset: Dataset, rows: NDArray[np.int64], labelled: bool = True) -> ImageSet:
-    """Some rows of a data set; with labels where every image has one."""
+def image_set(dataset: Dataset, rows: NDArray[np.int64], labelled: bool = True, whole: bool = True) -> ImageSet:
+    """Some rows of a data set; with labels where every image has one. Unless `whole`, others may stand in for those that are lost."""
     known = labelled and dataset.labels is not None and bool((dataset.labels >= 0).all())
     labels = dataset.labels[rows] if known and dataset.labels is not None else None
-    return ImageSet(dataset.images, rows, digest(dataset.content_hash, rows), labels, dataset.name_of)
+    streams = not whole and isinstance(dataset, ShardDataset)
+    key = digest(dataset.content_hash + (" or what stands in" if streams else ""), rows)  # features are kept under it
+    return ImageSet(dataset.whole if whole else dataset.images, rows, key, labels, dataset.name_of)
 
 
 def natural_labels(config: Config, dataset: Dataset, rows: NDArray[np.int64], num: int) -> list[int] | None:

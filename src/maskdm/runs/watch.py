@@ -154,8 +154,10 @@ class Watch:
         return {"measure": settings.measure, "samples": settings.samples, **about, "sampling": sampling}
 
     def _choose_judge(self) -> tuple[Extractor, Tensor]:
-        training = image_set(self.dataset, self.training, self.config.data.conditional)
-        heldout: ImageSet | None = image_set(self.dataset, self.heldout, self.config.data.conditional) if len(self.heldout) else None
+        training = image_set(self.dataset, self.training, self.config.data.conditional, whole=False)
+        heldout: ImageSet | None = None
+        if len(self.heldout):
+            heldout = image_set(self.dataset, self.heldout, self.config.data.conditional, whole=False)
         settings = self.config.evaluation
         network = choose_network(settings.features, training, heldout, 0, self.trainer.device, self.ranks, Display(quiet=True))
         extractor = Extractor(network, cache_directory() / "features", self.ranks)
