@@ -156,7 +156,7 @@ def test_lost_shards_and_images_are_replaced_and_named(packed: Path, tmp_path: P
     again.begin(0, 12, range(12))
     assert [row for step in range(9) for row in again.batch(step * 12, 12).rows.tolist()] == found
     assert np.array_equal(dataset.images[np.array([21, 5, 50])], dataset.images[np.array([5, 5, 5])])
-    with pytest.raises(UserError, match="1 of 1 images asked for .*000002.tar.* nothing can stand in"):
+    with pytest.raises(UserError, match=r"1 of 1 images asked for .*000002.tar.* nothing can stand in"):
         dataset.images[np.array([25])]
 
 

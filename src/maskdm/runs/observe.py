@@ -362,7 +362,7 @@ class Observer:
 
     def _denoising_strip(self) -> Image.Image:
         """From noise to image: a row per image, the state at evenly spaced steps. Where noise is larger than the image, scaled."""
-        pipeline, steps, settings = make_pipeline(self.network, self.config, self.classes), list[torch.Tensor](), self.config.sampling
+        pipeline, steps = make_pipeline(self.network, self.config, self.classes), list[torch.Tensor]()
         labels = [i * len(self.classes) // STRIP_ROWS for i in range(STRIP_ROWS)] if self.classes else None
         with autocast(self.trainer.device, self.trainer.precision):
             pipeline(
