@@ -10,8 +10,8 @@ PUBLIC = {
     "maskdm": ["DiT", "MaskDMPipeline", "UViT", "__version__"],
     "maskdm.data": [
         "Batch", "BrokenImage", "Dataset", "Feed", "Latents", "Loader", "Loss", "Pixels", "ShardDataset", "ShardLoader", "Source",
-        "Summary", "cache_directory", "decode", "duplicates", "flip", "inspect", "make_loader", "open_source", "pack", "prepare", "to_model_range",
-        "to_uint8",
+        "Summary", "cache_directory", "decode", "duplicates", "flip", "inspect", "make_loader", "open_source", "pack", "prepare",
+        "to_model_range", "to_uint8",
     ],
     "maskdm.models": ["Denoiser", "DenoiserOutput", "DiT", "UViT", "build", "encode", "haar", "inverse_haar", "open_autoencoder",
         "patchify", "unpatchify",

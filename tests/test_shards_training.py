@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def test_lost_shards_and_images_are_replaced_and_named(packed: Path, tmp_path: P
     again.begin(0, 12, range(12))
     assert [row for step in range(9) for row in again.batch(step * 12, 12).rows.tolist()] == found
     assert np.array_equal(dataset.images[np.array([21, 5, 50])], dataset.images[np.array([5, 5, 5])])
-    with pytest.raises(UserError, match="1 of 1 images asked for .*000002.tar.* nothing can stand in"):
+    with pytest.raises(UserError, match=r"1 of 1 images asked for .*000002.tar.* nothing can stand in"):
         dataset.images[np.array([25])]
 
 
@@ -241,13 +242,13 @@ def test_the_command_trains_on_a_url_and_says_what_is_lost(packed: Path, tmp_pat
 
 
 TOLD = """
-import json, os, pathlib
+import json, os, zlib
 from maskdm.data import ShardLoader
 batch = ShardLoader.batch
 def told(self, position, count):
     found = batch(self, position, count)
     with open(f"{os.environ['TOLD']}/{os.environ['RANK']}-{os.getpid()}", "a") as file:
-        file.write(json.dumps([position, found.rows.tolist()]) + chr(10))
+        file.write(json.dumps([position, found.rows.tolist(), [zlib.crc32(image.numpy().tobytes()) for image in found.images]]) + chr(10))
     return found
 ShardLoader.batch = told
 """
@@ -256,7 +257,7 @@ ShardLoader.batch = told
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_three_processes_over_a_faulty_server_killed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every image of an epoch exactly once, and the same at a position whenever it is computed."""
+    """Every image of an epoch exactly once, its own pixels, and the same at a position whenever it is computed."""
     told, out = tmp_path / "told", tmp_path / "run"
     told.mkdir()
     monkeypatch.setenv("TOLD", str(told))
@@ -279,12 +280,16 @@ def test_three_processes_over_a_faulty_server_killed_twice(tmp_path: Path, monke
         assert all(code == 0 for code, _, _ in ended), ended
         assert len(requests) > 100
     assert len({*told.iterdir()}) == 9 and [line["step"] for line in events(out, "resume")]
+    there = opened(str(tmp_path / "out"))
+    sums = [zlib.crc32(np.ascontiguousarray(image.transpose(2, 0, 1)).tobytes()) for image in there.images[np.arange(300)]]
     at: dict[int, list[int]] = {}
     for file in told.iterdir():
-        for position, rows in map(json.loads, file.read_text().splitlines()):
-            assert at.setdefault(position, rows) == rows
-    training, _ = opened(str(tmp_path / "out")).split(0.1, 0)
+        for position, rows, pixels in map(json.loads, file.read_text().splitlines()):
+            assert at.setdefault(position, rows) == rows and pixels == [sums[row] for row in rows]
+    assert not events(out, "lost") and len([line for line in events(out, "resume")]) == 2
+    training, _ = there.split(0.1, 0)
     assert len(training) == 270 and sorted(at) == list(range(0, 60 * 9, 3))
     for first, last in ((0, 270), (270, 540)):  # an epoch; and what the second stage, of the same batch, begins afresh, after half of one
         rows = [row for position in range(first, last, 3) for row in at[position]]
-        assert sorted(rows) == training.tolist() if first == 0 else len({*rows[:135]}) == len({*rows[135:]}) == 135
+        whole = sorted(rows) == training.tolist()
+        assert whole if first == 0 else len({*rows[:135]}) == len({*rows[135:]}) == 135
