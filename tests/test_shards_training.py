@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import zlib
 from dataclasses import replace
@@ -241,6 +242,56 @@ def test_the_command_trains_on_a_url_and_says_what_is_lost(packed: Path, tmp_pat
     assert run_command(refused) == 2 and "data.shuffle is 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_verbs_take_shards(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And those that measure end by name where an image is lost, as figures would rest on what stands in."""
+    shutil.copytree(packed, tmp_path / "shards")
+    out, data = tmp_path / "run", str(tmp_path / "shards")
+    assert run_command(["train", data, "--out", str(out), *ARGUMENTS]) == 0
+    assert run_command(["plan", data, *ARGUMENTS]) == 0
+    assert run_command(["sample", str(out), "--num", "2", "--steps", "2", "--out", str(tmp_path / "samples")]) == 0
+    measure = ["evaluate", str(out), "--num", "20", "--steps", "2", "--features", "self"]
+    assert run_command(measure) == 0
+    sizes = [
+        "--width",
+        "16",
+        "--depth",
+        "2",
+        "--heads",
+        "2",
+        "--image-size",
+        "8",
+        "--num",
+        "20",
+        "--heldout",
+        "0.2",
+        "--sampling.steps",
+        "2",
+    ]
+    batches = ["--pretrain.batch", "8", "--finetune.batch", "8", "--pretrain.warmup", "1"]
+    compare = [
+        "compare",
+        data,
+        "--recipe",
+        "digits",
+        "--budget",
+        "48images",
+        "--seeds",
+        "1",
+        "--arms",
+        "whole,patch-50@60",
+        *sizes,
+        *batches,
+    ]
+    assert run_command([*compare, "--out", str(tmp_path / "compared")]) == 0
+    capsys.readouterr()
+    (tmp_path / "shards" / "000003.tar").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    assert run_command(measure) == 2
+    assert "000003.tar" in (said := capsys.readouterr().err) and "nothing can stand in" in said and "Traceback" not in said
+
+
 TOLD = """
 import json, os, zlib
 from maskdm.data import ShardLoader
@@ -286,7 +337,7 @@ def test_three_processes_over_a_faulty_server_killed_twice(tmp_path: Path, monke
     for file in told.iterdir():
         for position, rows, pixels in map(json.loads, file.read_text().splitlines()):
             assert at.setdefault(position, rows) == rows and pixels == [sums[row] for row in rows]
-    assert not events(out, "lost") and len([line for line in events(out, "resume")]) == 2
+    assert not events(out, "lost") and len(events(out, "resume")) == 2
     training, _ = there.split(0.1, 0)
     assert len(training) == 270 and sorted(at) == list(range(0, 60 * 9, 3))
     for first, last in ((0, 270), (270, 540)):  # an epoch; and what the second stage, of the same batch, begins afresh, after half of one
