@@ -50,7 +50,7 @@ from maskdm.recipes.distil import Plan, distil
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.sample import draw_images, sampling_in_stage
 from maskdm.runs.store import load_pipeline, make_pipeline
-from maskdm.sampling import MaskDMPipeline, make_scheduler, seeded
+from maskdm.sampling import MaskDMPipeline, guides, make_scheduler, seeded
 from maskdm.settings import from_plain, override, to_plain
 
 CPU = torch.device("cpu")
@@ -187,12 +187,11 @@ def test_our_step_is_diffusers() -> None:
 def test_guided_is_what_the_pipeline_does_with_two_evaluations() -> None:
     settings, network = config(Guided()), build(UVIT, config(Guided()).data, 10)
     shake(network)
-    pipeline = MaskDMPipeline(network, make_scheduler("ddim", "cosine", "v"), "v", "cosine", [str(i) for i in range(10)])
     from maskdm.diffusion import convert
     from maskdm.models import patchify
 
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 5])
-    output = pipeline._predict(x, torch.tensor(400), labels, 2.5)
+    output = guides.guided(network, "cosine", x, torch.tensor(400), labels, guides.Guide(2.5), {})
     expected = patchify(convert("cosine", "v", output, x, torch.full((2,), 400.0)).x0, 2)
     asked = Asked(patchify(x, 2), torch.full((2,), 400.0), labels, None, torch.tensor([2.5, 2.5]), None)
     torch.testing.assert_close(guided(network, settings, asked), expected, rtol=1e-4, atol=1e-4)

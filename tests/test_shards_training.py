@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -240,14 +242,64 @@ def test_the_command_trains_on_a_url_and_says_what_is_lost(packed: Path, tmp_pat
     assert run_command(refused) == 2 and "data.shuffle is 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_verbs_take_shards(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And those that measure end by name where an image is lost, as figures would rest on what stands in."""
+    shutil.copytree(packed, tmp_path / "shards")
+    out, data = tmp_path / "run", str(tmp_path / "shards")
+    assert run_command(["train", data, "--out", str(out), *ARGUMENTS]) == 0
+    assert run_command(["plan", data, *ARGUMENTS]) == 0
+    assert run_command(["sample", str(out), "--num", "2", "--steps", "2", "--out", str(tmp_path / "samples")]) == 0
+    measure = ["evaluate", str(out), "--num", "20", "--steps", "2", "--features", "self"]
+    assert run_command(measure) == 0
+    sizes = [
+        "--width",
+        "16",
+        "--depth",
+        "2",
+        "--heads",
+        "2",
+        "--image-size",
+        "8",
+        "--num",
+        "20",
+        "--heldout",
+        "0.2",
+        "--sampling.steps",
+        "2",
+    ]
+    batches = ["--pretrain.batch", "8", "--finetune.batch", "8", "--pretrain.warmup", "1"]
+    compare = [
+        "compare",
+        data,
+        "--recipe",
+        "digits",
+        "--budget",
+        "48images",
+        "--seeds",
+        "1",
+        "--arms",
+        "whole,patch-50@60",
+        *sizes,
+        *batches,
+    ]
+    assert run_command([*compare, "--out", str(tmp_path / "compared")]) == 0
+    capsys.readouterr()
+    (tmp_path / "shards" / "000003.tar").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    assert run_command(measure) == 2
+    assert "000003.tar" in (said := capsys.readouterr().err) and "nothing can stand in" in said and "Traceback" not in said
+
+
 TOLD = """
-import json, os, pathlib
+import json, os, zlib
 from maskdm.data import ShardLoader
 batch = ShardLoader.batch
 def told(self, position, count):
     found = batch(self, position, count)
     with open(f"{os.environ['TOLD']}/{os.environ['RANK']}-{os.getpid()}", "a") as file:
-        file.write(json.dumps([position, found.rows.tolist()]) + chr(10))
+        file.write(json.dumps([position, found.rows.tolist(), [zlib.crc32(image.numpy().tobytes()) for image in found.images]]) + chr(10))
     return found
 ShardLoader.batch = told
 """
@@ -256,7 +308,7 @@ ShardLoader.batch = told
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_three_processes_over_a_faulty_server_killed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every image of an epoch exactly once, and the same at a position whenever it is computed."""
+    """Every image of an epoch exactly once, its own pixels, and the same at a position whenever it is computed."""
     told, out = tmp_path / "told", tmp_path / "run"
     told.mkdir()
     monkeypatch.setenv("TOLD", str(told))
@@ -279,15 +331,19 @@ def test_three_processes_over_a_faulty_server_killed_twice(tmp_path: Path, monke
         assert all(code == 0 for code, _, _ in ended), ended
         assert len(requests) > 100
     assert len({*told.iterdir()}) == 9 and [line["step"] for line in events(out, "resume")]
+    there = opened(str(tmp_path / "out"))
+    sums = [zlib.crc32(np.ascontiguousarray(image.transpose(2, 0, 1)).tobytes()) for image in there.images[np.arange(300)]]
     at: dict[int, list[int]] = {}
     for file in told.iterdir():
-        for position, rows in map(json.loads, file.read_text().splitlines()):
-            assert at.setdefault(position, rows) == rows
-    training, _ = opened(str(tmp_path / "out")).split(0.1, 0)
+        for position, rows, pixels in map(json.loads, file.read_text().splitlines()):
+            assert at.setdefault(position, rows) == rows and pixels == [sums[row] for row in rows]
+    assert not events(out, "lost") and len(events(out, "resume")) == 2
+    training, _ = there.split(0.1, 0)
     assert len(training) == 270 and sorted(at) == list(range(0, 60 * 9, 3))
     for first, last in ((0, 270), (270, 540)):  # an epoch; and what the second stage, of the same batch, begins afresh, after half of one
         rows = [row for position in range(first, last, 3) for row in at[position]]
-        assert sorted(rows) == training.tolist() if first == 0 else len({*rows[:135]}) == len({*rows[135:]}) == 135
+        whole = sorted(rows) == training.tolist()
+        assert whole if first == 0 else len({*rows[:135]}) == len({*rows[135:]}) == 135
 
 
 def test_latents_of_shards_are_read_from_the_cache(packed: Path) -> None:
