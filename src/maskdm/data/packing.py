@@ -74,8 +74,9 @@ def pack(
         _note(folder / PARTS, part)
         parts.append(part)
     broken = [each for part in parts for each in part.broken]
-    for name, reason in broken if note is not None else []:
-        note(f"{name} is left out: {reason}")
+    if note is not None:
+        for name, reason in broken:
+            note(f"{name} is left out: {reason}")
     images = sum(part.shard.images for part in parts)
     check_broken(source, settings, tuple(broken), images)
     size, gray = settings.image_size, settings.channels == 1

@@ -252,9 +252,13 @@ class ShardDataset(Dataset):
         return self.reader.index
 
     @cached_property
-    def whole(self) -> ShardImages:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The images, of which every one is there; a UserError where one is not."""
+    def _strict(self) -> ShardImages:
         return ShardImages(self.reader, strict=True)
+
+    @property
+    def whole(self) -> ShardImages:
+        """The images, of which every one is there; a UserError where one is not."""
+        return self._strict
 
     @cached_property
     def names(self) -> tuple[str, ...]:
