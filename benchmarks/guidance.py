@@ -1,9 +1,10 @@
 """What training-free guidance costs and gives: `python -m benchmarks.guidance RUN [--num 256] [--steps 50] [--seeds 3] --out FILE.json`.
 
 For every task and method of `maskdm edit`, held-out images of the run spoilt as the task says (or their classes asked for) and drawn again
-without labels: evaluations of the network and passes back through it, seconds, PSNR where the truth is known, accuracy of the judge (a
-network trained on the run's images) on the truth's classes, Frechet distance to the training images. Means over seeds with Student's 95 %
-interval. Methods take turns, so that a drifting machine hurts all alike. Prints the table.
+without labels: evaluations of the network and passes back through it, seconds, PSNR where the truth is known, accuracy of the judge
+(`--features`) on the truth's classes, Frechet distance to the training images. What leads to a class is another network than the judge,
+which would find its own adversarial images right. Means over seeds with Student's 95 % interval. Methods take turns, so that a drifting
+machine hurts all alike. Prints the table.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from benchmarks.distillation import Measuring, judged, prepared
 from maskdm.data import to_model_range, to_uint8
-from maskdm.engine import autocast, environment
+from maskdm.engine import Ranks, autocast, environment
 from maskdm.evaluation import ImageSet, SelfNetwork
 from maskdm.evaluation.intervals import half_width
 from maskdm.runs import Display
 from maskdm.runs.directory import RunDirectory, write_text
+from maskdm.runs.judge import choose_network
 from maskdm.runs.sample import fitting_batch
 from maskdm.runs.sets import sets_of
 from maskdm.runs.store import load_pipeline
@@ -36,8 +38,8 @@ from maskdm.sampling.tasks import Colourise, Deblur, Fulfil, Inpaint, Task, Upsc
 COLUMNS = ("seconds", "evaluations", "backward", "psnr", "class_accuracy", "frechet_distance")
 
 
-def task_of(name: str, truth: Tensor, labels: Tensor | None, judge: SelfNetwork) -> Task | None:
-    """The task for a batch of images; None where it does not fit them."""
+def task_of(name: str, truth: Tensor, labels: Tensor | None, guide: SelfNetwork) -> Task | None:
+    """The task for a batch of images; None where it does not fit them. guide: the network that leads to classes."""
     height, width = truth.shape[-2:]
     match name:
         case "inpaint":
@@ -50,8 +52,8 @@ def task_of(name: str, truth: Tensor, labels: Tensor | None, judge: SelfNetwork)
             return task
         case "colourise" if truth.shape[1] == 3:
             return Colourise(Colourise(truth[:, :1]).apply(truth))
-        case "classify" if labels is not None and judge.num_classes:
-            encoder = judge.encoder
+        case "classify" if labels is not None and guide.num_classes:
+            encoder = guide.encoder
             return Fulfil(
                 lambda x: F.cross_entropy(encoder.head(encoder(encoder.prepare((x.float() + 1) * 127.5))), labels, reduction="none")
             )
@@ -69,10 +71,10 @@ def draw(
     return drawn.images.float() * 2 - 1, guidance.cost
 
 
-def measure(pipeline: MaskDMPipeline, name: str, truth: ImageSet, steps: int, seed: int, about: Measuring) -> dict[str, dict[str, Any]]:
+def measure(
+    pipeline: MaskDMPipeline, name: str, truth: ImageSet, steps: int, seed: int, about: Measuring, guide: SelfNetwork
+) -> dict[str, dict[str, Any]]:
     """The figures of every method on a task for one seed; nothing where the task does not fit."""
-    judge = about.extractor.network
-    assert isinstance(judge, SelfNetwork)
     pixels = to_model_range(truth.take(slice(None)))
     labels = None if truth.labels is None else torch.from_numpy(truth.labels)
     images: dict[str, list[Tensor]] = {method: [] for method in METHODS}
@@ -81,7 +83,7 @@ def measure(pipeline: MaskDMPipeline, name: str, truth: ImageSet, steps: int, se
     for first in range(0, len(pixels), batch):
         numbers = range(first, min(first + batch, len(pixels)))
         for method in METHODS:
-            task = task_of(name, pixels[first : first + batch], None if labels is None else labels[first : first + batch], judge)
+            task = task_of(name, pixels[first : first + batch], None if labels is None else labels[first : first + batch], guide)
             if task is None:
                 return {}
             started = time.perf_counter()
@@ -140,16 +142,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--scheduler", default="ddim")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--features", default="self", help="the judge, as `maskdm evaluate` takes it; give one that knows the classes")
     parser.add_argument("--data", help="the images, where they have moved")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; one that is there is gone on with")
     given = parser.parse_args()
-    given.features, given.seed, display = "self", 0, Display()
+    given.seed, display = 0, Display()
     about, dataset = prepared(given.run, given, display)
     config = RunDirectory.existing(given.run).config()
-    _, heldout = sets_of(config, dataset)
+    training, heldout = sets_of(config, dataset)
     if heldout is None:
         raise SystemExit("the run has no held-out images")
+    guide = choose_network("self", training, heldout, 1, about.machine.device, Ranks(), display)
+    assert isinstance(guide, SelfNetwork)
     truth = heldout.part(heldout.places(given.num))
     pipeline, _ = load_pipeline(given.run)
     pipeline.scheduler = make_scheduler(given.scheduler, pipeline.config["schedule"], pipeline.config["target"])
@@ -161,7 +166,7 @@ def main() -> None:
         for name in given.tasks.split(","):
             if (name, seed) in done:
                 continue
-            for method, row in measure(pipeline, name, truth, given.steps, seed, about).items():
+            for method, row in measure(pipeline, name, truth, given.steps, seed, about, guide).items():
                 rows.append({"task": name, "method": method, "seed": seed} | row)
             display.note(f"{name}, seed {seed}")
             write_text(given.out, json.dumps(head | {"rows": rows, "summary": summary(rows)}, indent=1))

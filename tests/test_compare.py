@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from maskdm import runs
 from maskdm.cli import run_command, split_settings
 from maskdm.config import NoMask, Stage
-from maskdm.engine import Trainer
+from maskdm.engine import Machine, Trainer
 from maskdm.errors import UserError
 from maskdm.recipes import recipe
-from maskdm.runs.compare import Cost, _Judge, _Ruler
+from maskdm.runs.compare import Cost, _affordable, _Judge, _Ruler
 from maskdm.runs.contestant import Contestant
 from maskdm.settings import to_yaml
 
@@ -64,11 +65,23 @@ def test_every_arm_has_its_figures_with_intervals(done: tuple[Path, dict[str, An
     assert masked["flops"] == pytest.approx(whole["flops"] * (0.4 + 0.6 * 0.5), rel=0.05)
     assert (out / "compare.png").stat().st_size > 10_000
     assert (out / "arms" / "whole" / "seed-1" / "samples.png").is_file()
-    assert found["features"]["name"].startswith("self") and found["heldout_images"] == 90
+    assert found["features"]["name"].startswith("self") and found["heldout_images"] == 32  # of 90: more would cost more than the training
     first, second = masked["stages"]
     assert (first["mask"], first["batch"], second["mask"]) == ("patch, 50%", 16, "none") and first["lr"] == second["lr"]
     assert first["ideal_speedup"] > 2 and 0.2 < first["speedup"] < 5
     assert "images per second" not in found["verdicts"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "images"), [("60s", 32), ("20m", 256), ("5Mimages", 256), ("30kimages", 281), ("1e12flops", 32), ("2e13flops", 69)]
+)
+def test_measuring_costs_about_half_of_the_training_at_most(budget: str, images: int) -> None:
+    """5.3 images are measured, at eight noise levels and without a backward pass, for half of the cost of training on one, in 20 turns."""
+    module = sys.modules["maskdm.runs.compare"]
+    base, machine = recipe("cifar10", "nowhere"), Machine(torch.device("cpu"), "two cores", 2, "fp32", 8e10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SLICES", 20)
+        assert _affordable(base, Cost.parse(budget), machine) == min(images, 256)
 
 
 def test_two_arms_that_are_the_same_show_no_difference(done: tuple[Path, dict[str, Any]]) -> None:

@@ -13,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 import maskdm
-from maskdm.config import Budget, Config, Mask, Stage
+from maskdm.arithmetic import flops
+from maskdm.config import Budget, Config, Mask, NoMask, Stage
 from maskdm.data import Dataset
 from maskdm.engine import Machine, Ranks, Trainer, autocast, environment
 from maskdm.errors import UserError
 from maskdm.evaluation import Extractor, FeatureNetwork, ImageSet, Subject, denoising_loss, digest, evaluate_samples, overfitting
+from maskdm.evaluation.denoising import LEVELS
 from maskdm.evaluation.speedups import Unit
 from maskdm.pictures import grid
 from maskdm.recipes.arms import Arm, parse_arms, rates_of
@@ -38,9 +40,14 @@ SLICES = 20
 """Turns that a budget is cut into; the loss is measured after each."""
 
 MEASURED, LEAST_MEASURED = 256, 32
-"""Held-out images of a measurement, or all where there are fewer; and how few are too few."""
+"""Held-out images of a measurement at most, or all where there are fewer; and how few are too few."""
 
-FINAL = 1000
+MEASURING = 0.5
+"""Of an arm's arithmetic, what is spent besides on the measurements of its turns, at most, as long as they are of enough images."""
+
+FINAL, FINALLY = 1000, 4
+"""Images of the losses at the end at most, and how many times those of a turn's measurement."""
+
 MAX_REFERENCE = 5000
 UNITS: dict[str, tuple[Unit, float]] = {
     "s": ("seconds", 1.0),
@@ -125,17 +132,18 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
     if len(heldout) < LEAST_MEASURED:
         raise UserError(f"{len(heldout)} held-out images are too few to compare by; hold at least {LEAST_MEASURED} out (--heldout)")
     machine = environment(resolved.machine, torch.get_num_threads()) | {"maskdm": maskdm.__version__}
-    _begin(request, base, arms, dataset, machine, display)
+    measured = _begin(request, base, arms, dataset, machine, min(len(heldout), _affordable(base, cost, resolved.machine)), display)
+    display.note(f"  {measured} held-out images measured at each of {SLICES} turns; the time of that is not counted")
     field = Field(dataset, training, resolved.machine, display)
     contestants = [
         Contestant(arm, arm.config(base, base.seed + i, cost.stage_budget(work_of(arm, base))), out / "arms" / arm.name, field)
         for i in range(request.seeds)
         for arm in arms
     ]
-    ruler = _Ruler(base, dataset, heldout, resolved.machine)
+    ruler = _Ruler(base, dataset, heldout, resolved.machine, measured)
     with held(out), stop_requests() as stop:
         _train(contestants, cost, ruler, stop, display)
-        _conclude(contestants, _Judge(request, resolved, base, dataset, display), stop, display)
+        _conclude(contestants, _Judge(request, resolved, base, dataset, FINALLY * measured, display), stop, display)
     contest = Contest(
         {arm.name: [each.records for each in contestants if each.arm is arm] for arm in arms},
         {arm.name: [each.final or {} for each in contestants if each.arm is arm] for arm in arms},
@@ -161,8 +169,20 @@ def _refuse_idle(request: CompareRequest, base: Config) -> None:
             raise UserError(f"--{name} has no part in a comparison; leave it out")
 
 
-def _begin(request: CompareRequest, base: Config, arms: Sequence[Arm], dataset: Dataset, machine: dict[str, Any], display: Display) -> None:
-    """Write what was asked for; refuse to go on with something else. Seeds and arms may be added. Raises UserError."""
+def _affordable(base: Config, cost: Cost, machine: Machine) -> int:
+    """Held-out images that a turn can measure without costing more than training does, or the fewest that tell anything."""
+    training = flops(base, NoMask(), 1)
+    budget = {"seconds": cost.amount * machine.flops, "flops": cost.amount, "images": cost.amount * training}[cost.unit]
+    return max(LEAST_MEASURED, min(MEASURED, int(MEASURING * budget / SLICES / (LEVELS * training / 3))))
+
+
+def _begin(
+    request: CompareRequest, base: Config, arms: Sequence[Arm], dataset: Dataset, machine: dict[str, Any], measured: int, display: Display
+) -> int:
+    """Write what was asked for; refuse to go on with something else. Seeds and arms may be added. Raises UserError.
+
+    Returns how many images are measured each time: the same from beginning to end, on whatever machine.
+    """
     out = request.train.out
     asked: dict[str, Any] = {"data": request.train.data, "data_hash": dataset.content_hash, "budget": request.budget}
     file, specs = out / "request.json", {arm.name: arm.record() for arm in arms}
@@ -170,7 +190,7 @@ def _begin(request: CompareRequest, base: Config, arms: Sequence[Arm], dataset: 
     if file.is_file():
         try:
             before: dict[str, Any] = json.loads(file.read_text())
-            config = from_plain(before["config"])
+            config, kept = from_plain(before["config"]), int(before["measured"])
         except (OSError, ValueError, KeyError):
             raise UserError(f"{file} cannot be read; give another --out") from None
         changed = [f"{key} {before.get(key)} -> {value}" for key, value in asked.items() if before.get(key) != value]
@@ -179,6 +199,7 @@ def _begin(request: CompareRequest, base: Config, arms: Sequence[Arm], dataset: 
         if changed:
             raise UserError(f"{out} holds another comparison ({changed[0]}); give another --out, or the same arguments to resume")
         specs, seeds, machines = before["arms"] | specs, max(seeds, before["seeds"]), before["machines"]
+        measured = kept
         if machine not in machines:
             was = next(f"{key} {old} -> {machine.get(key)}" for key, old in machines[-1].items() if machine.get(key) != old)
             display.note(f"the machine or its software is another than before ({was}): times are comparable within a turn, not across")
@@ -189,8 +210,9 @@ def _begin(request: CompareRequest, base: Config, arms: Sequence[Arm], dataset: 
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from None
-    record = {**asked, "seeds": seeds, "arms": specs, "machines": machines, "config": to_plain(base)}
+    record = {**asked, "seeds": seeds, "arms": specs, "measured": measured, "machines": machines, "config": to_plain(base)}
     write_text(file, json.dumps(record, indent=1))
+    return measured
 
 
 def _train(contestants: list[Contestant], cost: Cost, ruler: _Ruler, stop: list[str], display: Display) -> None:
@@ -232,9 +254,8 @@ def _conclude(contestants: list[Contestant], judge: _Judge, stop: list[str], dis
 class _Ruler:
     """Measures the held-out loss of whole images, on the same images and noise every time."""
 
-    def __init__(self, base: Config, dataset: Dataset, heldout: NDArray[np.int64], machine: Machine) -> None:
-        self.base, self.machine = base, machine
-        self.count = min(MEASURED, len(heldout))
+    def __init__(self, base: Config, dataset: Dataset, heldout: NDArray[np.int64], machine: Machine, count: int) -> None:
+        self.base, self.machine, self.count = base, machine, count
         some = heldout[np.linspace(0, len(heldout) - 1, self.count).astype(np.int64)]
         self._pixels, self._labels = images_and_labels(base, dataset, some, machine.device)
 
@@ -250,10 +271,11 @@ class _Ruler:
 
 
 class _Judge:
-    """What is measured once, at the end: all held-out images' loss, and samples in features that no arm was trained on."""
+    """What is measured once, at the end: the loss of more images, and samples in features that no arm was trained on."""
 
-    def __init__(self, request: CompareRequest, resolved: Resolved, base: Config, dataset: Dataset, display: Display) -> None:
+    def __init__(self, request: CompareRequest, resolved: Resolved, base: Config, dataset: Dataset, images: int, display: Display) -> None:
         self.base, self.dataset, self.machine, self.num = base, dataset, resolved.machine, request.num
+        self.images = min(FINAL, images)
         self.training, self.heldout = sets_of(base, dataset)
         self.features, self.display = request.features, display
         self.asked = {"features": request.features, "num": request.num}
@@ -273,7 +295,7 @@ class _Judge:
         losses = []
         for images in (self.training, self.heldout):
             assert images is not None
-            rows = images.rows[images.places(FINAL)]
+            rows = images.rows[images.places(self.images)]
             shown, classes = images_and_labels(self.base, self.dataset, rows, self.machine.device)
             with autocast(self.machine.device, self.machine.precision):
                 losses.append(denoising_loss(model, self.base.diffusion, shown, classes))
