@@ -55,7 +55,7 @@ def run_command(arguments: list[str]) -> int:
     verb = tyro.cli(PeerCompare, prog="python -m benchmarks.peers.compare", args=line.rest)
     clones = {name.removeprefix("--"): getattr(verb, name.removeprefix("--")) for name in OWN[1:]}
     request = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(line.settings))
-    asked = runs.CompareRequest(request, verb.budget, verb.arms, verb.seeds, verb.features, verb.num)
+    asked = runs.CompareRequest(request, verb.budget, verb.arms, verb.seeds, verb.features, verb.num, verb.first_seed)
     try:
         print(runs.compare(asked, runs.Display(), lambda base: parse_peers(verb.peers, clones, base)))
     except (UserError, runs.Interrupted) as error:

@@ -84,6 +84,7 @@ class Compare:
         ),
     ] = "whole,maskdm"
     seeds: Annotated[int, arg(help="runs of each arm; intervals are over them")] = 3
+    first_seed: Annotated[int, arg(help="of these runs: so seeds can be spread over machines or days")] = 0
     features: Annotated[str, arg(help="feature network of the distance, as `maskdm evaluate` takes it")] = "self"
     num: Annotated[int, arg(help="samples drawn of each run, for the distance")] = 500
     recipe: Annotated[str | None, arg(help=RECIPES)] = None
@@ -335,7 +336,7 @@ def _compare(verb: Compare, settings: list[tuple[str, str]]) -> int:
     from maskdm import runs
 
     request = runs.TrainRequest(verb.data, verb.out, verb.recipe, verb.config, tuple(settings))
-    asked = runs.CompareRequest(request, verb.budget, verb.arms, verb.seeds, verb.features, verb.num)
+    asked = runs.CompareRequest(request, verb.budget, verb.arms, verb.seeds, verb.features, verb.num, verb.first_seed)
     return _trained(lambda: runs.compare(asked, runs.Display()))
 
 

@@ -8,7 +8,7 @@ TRAIN_OPTIONS = ("--out", "--recipe", "--config")
 OPTIONS = {
     "train": (),
     "plan": ("--price-per-hour", "--price_per_hour"),
-    "compare": ("--budget", "--arms", "--seeds", "--features", "--num"),
+    "compare": ("--budget", "--arms", "--seeds", "--first-seed", "--features", "--num"),
     "distil": ("--steps", "--end", "--scales", "--method", "--updates", "--mask", "--data"),
 }
 """Verbs that take the settings of a run, and the options that each has beside TRAIN_OPTIONS."""

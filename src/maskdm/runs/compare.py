@@ -106,6 +106,8 @@ class CompareRequest:
     seeds: int = 3
     features: str = "self"
     num: int = 500
+    first_seed: int = 0
+    """Added to the configuration's seed: the same comparison in parts, seed by seed, on one machine or on several."""
 
 
 def compare(request: CompareRequest, display: Display, more_arms: Callable[[Config], Sequence[Arm]] = lambda base: ()) -> str:
@@ -116,6 +118,8 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
     out, cost = request.train.out, Cost.parse(request.budget)
     if request.seeds < 1:
         raise UserError(f"--seeds is {request.seeds}; give at least 1")
+    if request.first_seed < 0:
+        raise UserError(f"--first-seed is {request.first_seed}; give 0 or more")
     if request.num < 10:
         raise UserError(f"--num is {request.num}; give at least 10 samples")
     resolved = resolve(replace(request.train, out=out / "run"))  # where no run is
@@ -137,7 +141,7 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
     field = Field(dataset, training, resolved.machine, display)
     contestants = [
         Contestant(arm, arm.config(base, base.seed + i, cost.stage_budget(work_of(arm, base))), out / "arms" / arm.name, field)
-        for i in range(request.seeds)
+        for i in range(request.first_seed, request.first_seed + request.seeds)
         for arm in arms
     ]
     ruler = _Ruler(base, dataset, heldout, resolved.machine, measured)
@@ -150,7 +154,8 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
         cost.unit,
         frozenset(arm.name for arm in arms if any(stage.decay != "constant" for stage in arm.stages)),
     )
-    about = {"budget": request.budget, "seeds": request.seeds, "data": request.train.data, "config": to_plain(base)}
+    about: dict[str, Any] = {"budget": request.budget, "seeds": request.seeds, "first_seed": request.first_seed}
+    about |= {"data": request.train.data, "config": to_plain(base)}
     about |= {"data_hash": dataset.content_hash, "heldout_images": ruler.count, "environment": machine}
     about |= {"networks": {arm.name: dict(arm.network.record) for arm in arms if arm.network is not None}}
     return summarize(contest, about, out)

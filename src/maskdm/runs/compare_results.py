@@ -55,7 +55,8 @@ def summarize(contest: Contest, about: Mapping[str, Any], out: Path) -> str:
     first, *others = contest.records
     verdicts = [_verdict(contest, name, first) for name in others]
     features = next(iter(contest.finals[first]), {}).get("features")
-    record = {**about, "features": features, "arms": arms, "verdicts": verdicts, "curves": contest.records}
+    record = {**about, "features": features, "arms": arms, "verdicts": verdicts, "curves": contest.records, "finals": contest.finals}
+    record |= {"unit": contest.unit, "decaying": sorted(contest.decaying)}
     write_text(out / "compare.json", json.dumps(_plain(record), indent=1))
     draw(contest, arms, out / "compare.png")
     lines = [_table(arms), *_speeds(arms), *(verdict["text"] for verdict in verdicts)]

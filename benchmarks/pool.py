@@ -1,0 +1,67 @@
+"""One comparison out of several: `python -m benchmarks.pool CMP [CMP ...] --out DIR`.
+
+CMP: directories of `maskdm compare`, or their compare.json files, of the same arms, data, budget and settings but of other seeds
+(`--first-seed`): run on several machines, or on one whenever it has time. Writes DIR/compare.json and compare.png as the command does, and
+prints the table and the verdicts over all seeds. An arm and its rival of one seed have run side by side on one machine, so that their
+quotient does not depend on which; times and FLOPs a second of different seeds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from maskdm.errors import UserError
+from maskdm.runs.compare_results import Contest, summarize
+
+SAME = ("budget", "data_hash", "config", "unit", "heldout_images")
+"""What comparisons must have in common."""
+
+BY_FEATURES = ("frechet_distance", "kernel_distance", "precision", "recall", "copies")
+"""Figures that other features give other values: left out unless the network is one and the same."""
+
+
+def pooled(records: list[dict[str, Any]]) -> tuple[Contest, dict[str, Any]]:
+    """The contest over all their seeds, and what it was about. Raises UserError where they do not belong together."""
+    first = records[0]
+    arms = [name for name in first["arms"] if all(name in record["arms"] for record in records)]
+    if not arms:
+        raise UserError("the comparisons have no arm in common")
+    for record in records[1:]:
+        for key in SAME:
+            if record[key] != first[key]:
+                raise UserError(f"the comparisons differ in {key}, so their seeds cannot be pooled")
+    seeds = [seed for record in records for seed in range(record["first_seed"], record["first_seed"] + record["seeds"])]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"the comparisons have seeds in common ({', '.join(map(str, sorted(seeds)))}); give each once")
+    alike = all(record["features"] == first["features"] for record in records)
+    left_out = () if alike else BY_FEATURES
+    curves = {arm: [seed for record in records for seed in record["curves"][arm]] for arm in arms}
+    finals = {
+        arm: [{key: each[key] for key in each if key not in left_out} for record in records for each in record["finals"][arm]]
+        for arm in arms
+    }
+    contest = Contest(curves, finals, first["unit"], frozenset(first["decaying"]))
+    about = {key: first[key] for key in ("budget", "data", "data_hash", "config", "heldout_images")}
+    return contest, about | {"seeds": len(seeds), "pooled_seeds": seeds, "environments": [record["environment"] for record in records]}
+
+
+def main() -> None:
+    """Parse, pool, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparisons", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    files = [path / "compare.json" if path.is_dir() else path for path in given.comparisons]
+    try:
+        contest, about = pooled([json.loads(file.read_text()) for file in files])
+    except (OSError, UserError) as error:
+        raise SystemExit(f"error: {error}") from None
+    given.out.mkdir(parents=True, exist_ok=True)
+    print(summarize(contest, about, given.out))
+
+
+if __name__ == "__main__":
+    main()
