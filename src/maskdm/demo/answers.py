@@ -74,8 +74,8 @@ class Answers:
         return gr.update(choices=list(classes), value=[], visible=bool(classes))
 
     def refresh(self) -> list[Any]:
-        """The networks to choose from: a run that trains may have more by now."""
-        return [gr.update(choices=self.names())] * 3
+        """A sentence, and the networks to choose from: a run that trains may have more by now."""
+        return [sentence("ready"), *[gr.update(choices=self.names())] * 3]
 
     # --- drawing ---
 
@@ -122,7 +122,7 @@ class Answers:
             number, path = tempfile.mkstemp(suffix=".gif", dir=os.environ.get("GRADIO_TEMP_DIR"))
             os.close(number)
             save_gif([grid(image[None], columns=1, tile=256) for image in drawn.images], Path(path))
-            return _gallery(drawn.images), sentence(used_in_words(drawn.used)), path
+            return _gallery(drawn.images), sentence(f"To seed {int(end)}. {used_in_words(drawn.used)}"), path
 
         yield from self._follow(begin, done, request, 3)
 
@@ -222,7 +222,8 @@ class Answers:
             return self.service.nearest(model, image)
 
         def done(found: Any) -> tuple[Any, ...]:
-            return _gallery(found.images, captions_of(found)), sentence(f"Image {chosen}. {found.verdict}")
+            said = f"Image {chosen}. {found.verdict} In order: {', '.join(found.names)}."
+            return _gallery(found.images, captions_of(found)), sentence(said)
 
         yield from self._follow(begin, done, request, 2)
 
@@ -233,13 +234,15 @@ class Answers:
             return self.service.masks(model, stage or None, _whole(number, "the image's number") or 0, _whole(seed, "the seed") or 0)
 
         def done(masked: Any) -> tuple[Any, ...]:
-            return _gallery(masked.images), sentence(f"{masked.text} The image is {masked.name}.")
+            return _gallery(masked.images, ["image", *["seen"] * (len(masked.images) - 1)]), sentence(
+                f"{masked.text} The image is {masked.name}."
+            )
 
         yield from self._follow(begin, done, request, 2)
 
 
 def _gallery(images: NDArray[np.uint8], captions: list[str] | None = None) -> Any:
-    return gr.update(value=tiles(images, captions), elem_classes=classes_of(images))
+    return gr.update(value=tiles(images, captions), elem_classes=classes_of(images, large=captions is not None))
 
 
 def _chosen(drawn: Any, number: int) -> NDArray[np.uint8] | None:

@@ -57,9 +57,11 @@ def build(service: Service) -> gr.Blocks:
     answers = Answers(service)
     with gr.Blocks(title="maskdm demo", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=False) as blocks:
         names = answers.names()
-        gr.HTML("<h1>maskdm demo</h1>", elem_classes="head")
-        model = gr.Dropdown(names, value=names[0], label="network", elem_id="model")
-        about = gr.HTML(answers.about(names[0]), elem_id="about")
+        with gr.Row(elem_classes="head"):
+            with gr.Column(scale=2, min_width=240):
+                gr.HTML("<h1>maskdm demo</h1>", padding=False)
+                about = gr.HTML(answers.about(names[0]), elem_id="about", padding=False)
+            model = gr.Dropdown(names, value=names[0], label="network", elem_id="model", scale=1, min_width=240)
         drawn, known = gr.State(None), gr.State(None)
         with gr.Tabs() as tabs:
             generating = _generate(answers, model, drawn)
@@ -70,7 +72,7 @@ def build(service: Service) -> gr.Blocks:
         generating.take.click(answers.take, [model, drawn, generating.chosen], [known, editor, told, tabs], **UNSEEN)
         inputs = [*generating.controls.settings, *inpainting.settings, *morphing]
         model.change(answers.adapt, [model], [about, stage, *inputs], **UNSEEN)
-        blocks.load(answers.refresh, None, [model, *compared], **UNSEEN)
+        blocks.load(answers.refresh, None, [generating.said, model, *compared], **UNSEEN)
     return blocks.queue(default_concurrency_limit=AT_ONCE, max_size=QUEUED, api_open=False)
 
 
@@ -79,6 +81,7 @@ class Generating:
     """Of the tab Generate, what others need."""
 
     controls: Controls
+    said: Any
     chosen: Any
     take: Any
 
@@ -131,13 +134,13 @@ def _generate(answers: Answers, model: Any, drawn: Any) -> Generating:
             with gr.Row():
                 near = gr.Button("Nearest training images", elem_id="go-nearest", min_width=160)
                 take = gr.Button("Inpaint it", elem_id="go-take", min_width=120)
-            neighbours = _gallery("nearest training images: distance of pixels, 0 to 255, and name", "nearest")
+            neighbours = _gallery("nearest training images, and how far they are in pixels of 0 to 255", "nearest")
             verdict = gr.HTML(elem_id="said-nearest")
     go.click(answers.generate, [model, num, *controls.inputs], [gallery, said, drawn, chosen], **UNSEEN)
     stop.click(answers.cancel, None, [said], queue=False, **UNSEEN)
     gallery.select(answers.choose, None, [chosen], **UNSEEN)
     near.click(answers.nearest, [model, drawn, chosen], [neighbours, verdict], **UNSEEN)
-    return Generating(controls, chosen, take)
+    return Generating(controls, said, chosen, take)
 
 
 def _inpaint(answers: Answers, model: Any, known: Any) -> tuple[Controls, Any, Any]:

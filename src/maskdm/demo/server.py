@@ -95,12 +95,15 @@ class _Policy:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.requests import ClientDisconnect
+
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), (b"content-security-policy", POLICY.encode())]
             await send(message)
 
-        await self._app(scope, receive, sent)
+        with suppress(ClientDisconnect):  # whoever leaves while a file comes in is no error
+            await self._app(scope, receive, sent)
 
 
 def _run(app: Any, listener: socket.socket) -> None:

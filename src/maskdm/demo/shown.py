@@ -26,9 +26,9 @@ def tiles(images: NDArray[np.uint8], captions: list[str] | None = None) -> list[
     return [(to_pil(image), None if captions is None else captions[i]) for i, image in enumerate(images)]
 
 
-def classes_of(images: NDArray[np.uint8]) -> list[str]:
+def classes_of(images: NDArray[np.uint8], large: bool = False) -> list[str]:
     """CSS classes of a gallery with such images."""
-    return ["tiles", "crisp"] if max(images.shape[2:]) <= CRISP else ["tiles"]
+    return ["tiles", *(["large"] if large else []), *(["crisp"] if max(images.shape[2:]) <= CRISP else [])]
 
 
 def canvas(image: NDArray[np.uint8]) -> dict[str, Any]:
@@ -60,6 +60,5 @@ def command_of(run: Path, used: dict[str, Any], labels: tuple[str, ...]) -> str:
 
 
 def captions_of(found: Found) -> list[str]:
-    """Under each training image: how far it is, and its name."""
-    each = zip(found.names, found.distances, found.mirrored, strict=True)
-    return [f"{distance:.1f}{' mirrored' if mirrored else ''}: {Path(name).name}" for name, distance, mirrored in each]
+    """Under each training image: how far it is."""
+    return [f"{distance:.1f}{' mirrored' if mirrored else ''}" for distance, mirrored in zip(found.distances, found.mirrored, strict=True)]
