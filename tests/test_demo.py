@@ -57,7 +57,7 @@ def digit(number: int) -> np.ndarray:
 
 
 def test_the_same_images_as_maskdm_sample(run: Path, service: Service, tmp_path: Path) -> None:  # noqa: F811
-    drawn = service.generate(Wish(num=5, seed=7, steps=3, labels=("3", "cat" if False else "8"), guidance=2.0)).result()
+    drawn = service.generate(Wish(num=5, seed=7, steps=3, labels=("3", "8"), guidance=2.0)).result()
     more = ["--num", "5", "--seed", "7", "--steps", "3", "--labels", "3", "8", "--guidance", "2"]
     assert run_command(["sample", str(run), "--out", str(tmp_path), *more]) == 0
     for number, image in enumerate(drawn.images):
@@ -101,7 +101,7 @@ def test_masks_are_painted_at_any_size(service: Service, run: Path) -> None:  # 
     stroke.paste((1, 2, 3, 255), (0, 70, 512, 100))  # half of one row of pixels
     covered = read_mask([stroke], settings)
     assert covered[1].all() and covered.sum() == 8
-    for layers, words in ((([]), "nothing is painted"), ([Image.new("RGBA", (9, 9), "red")], "all of the image")):
+    for layers, words in (([], "nothing is painted"), ([Image.new("RGBA", (9, 9), "red")], "all of the image")):
         with pytest.raises(UserError, match=words):
             read_mask(layers, settings)
 
@@ -240,7 +240,7 @@ def test_a_failure_is_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
         raise ZeroDivisionError("oh")
 
     worker = Worker()
-    with pytest.raises(UserError, match="the computation failed .ZeroDivisionError."):
+    with pytest.raises(UserError, match=r"the computation failed \(ZeroDivisionError\)"):
         worker.begin(fail).result()
     assert "ZeroDivisionError: oh" in caplog.text
     worker.close()

@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 class Demo:
     """Serve a page to play with runs: generate, inpaint, morph, nearest training images, two networks side by side, what the mask hid.
 
-    For this machine alone, unless --host says otherwise; also a JSON API, POST /generate. A run that still trains is followed. Ctrl-C ends it.
+    For this machine alone, unless --host says otherwise; with a JSON API, POST /generate. A run that trains is followed. Ctrl-C ends it.
     """
 
     run: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help="directories of runs of `maskdm train`")]

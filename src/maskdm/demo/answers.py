@@ -122,7 +122,7 @@ class Answers:
             number, path = tempfile.mkstemp(suffix=".gif", dir=os.environ.get("GRADIO_TEMP_DIR"))
             os.close(number)
             save_gif([grid(image[None], columns=1, tile=256) for image in drawn.images], Path(path))
-            return _gallery(drawn.images), sentence(f"To seed {int(end)}. {used_in_words(drawn.used)}"), path
+            return _gallery(drawn.images), sentence(f"To seed {int(end or 0)}. {used_in_words(drawn.used)}"), path
 
         yield from self._follow(begin, done, request, 3)
 

@@ -132,9 +132,9 @@ def _generate(answers: Answers, model: Any, drawn: Any) -> Generating:
             gallery = _gallery("images", "images")
             chosen = gr.State(0)
             with gr.Row():
-                near = gr.Button("Nearest training images", elem_id="go-nearest", min_width=160)
+                near = gr.Button("Nearest training images", elem_id="go-nearest", min_width=240)
                 take = gr.Button("Inpaint it", elem_id="go-take", min_width=120)
-            neighbours = _gallery("nearest training images, and how far they are in pixels of 0 to 255", "nearest")
+            neighbours = _gallery("nearest training images", "nearest")
             verdict = gr.HTML(elem_id="said-nearest")
     go.click(answers.generate, [model, num, *controls.inputs], [gallery, said, drawn, chosen], **UNSEEN)
     stop.click(answers.cancel, None, [said], queue=False, **UNSEEN)
@@ -148,7 +148,7 @@ def _inpaint(answers: Answers, model: Any, known: Any) -> tuple[Controls, Any, A
         with gr.Column(scale=1, min_width=300):
             upload = gr.UploadButton("Upload an image", elem_id="upload", file_types=["image"], size="md")
             editor = gr.ImageEditor(
-                label="paint over what is to be drawn anew", elem_id="editor", type="pil", image_mode="RGBA", format="png", sources=(),
+                label="paint here", elem_id="editor", type="pil", image_mode="RGBA", format="png", sources=(),
                 transforms=(), layers=False, buttons=[], canvas_size=(512, 512),
                 brush=gr.Brush(default_size=48, colors=["#e0004d"], default_color="#e0004d", color_mode="fixed"),
             )  # fmt: skip
