@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from maskdm.demo.service import Service
@@ -40,7 +41,7 @@ def serve(runs: Sequence[Path], host: str, port: int) -> None:
         tempfile.TemporaryDirectory(prefix="maskdm-demo-") as folder,
     ):
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder, HF_HUB_DISABLE_TELEMETRY="1")
-        _run(_app(service, host), listener)
+        _run(_app(service, host), listener, service)
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -106,8 +107,15 @@ class _Policy:
             await self._app(scope, receive, sent)
 
 
-def _run(app: Any, listener: socket.socket) -> None:
+def _run(app: Any, listener: socket.socket, service: Service) -> None:
     import uvicorn
+
+    class Server(uvicorn.Server):
+        """Stops what is computed before it waits for whoever waits for that."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            service.worker.stop()
+            super().handle_exit(sig, frame)
 
     host, port = listener.getsockname()[:2]
     shown = "127.0.0.1" if host == "0.0.0.0" else host
@@ -117,4 +125,4 @@ def _run(app: Any, listener: socket.socket) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which uvicorn raises again when it has ended: files are cleared away then
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LINGER)
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])

@@ -18,7 +18,7 @@ p.wrong { color: var(--error-text-color); border-left: 3px solid var(--error-bor
 .tiles .grid-wrap { min-height: 0 !important; max-height: none !important; }
 .tiles:has(label) .grid-wrap { padding-top: 2rem; }
 .tiles .thumbnail-item { aspect-ratio: 1; height: auto !important; }
-.large .grid-container { grid-template-columns: repeat(auto-fill, minmax(116px, 1fr)) !important; }
+.large .grid-container, .tiles:not(.crisp) .grid-container { grid-template-columns: repeat(auto-fill, minmax(116px, 1fr)) !important; }
 @media (max-width: 500px) { .tab-container button { padding: 0 .45rem !important; font-size: .9rem; } }
 .crisp img { image-rendering: pixelated; }
 #editor { min-height: 360px; }

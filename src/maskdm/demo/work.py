@@ -106,12 +106,15 @@ class Worker:
     """The thread that computes."""
 
     def __init__(self, waiting: int = WAITING) -> None:
-        self._waiting, self._jobs, self._lock = waiting, list[Job[Any]](), threading.Lock()
+        self._waiting, self._jobs = waiting, list[Job[Any]]()
+        self._lock, self._ended = threading.RLock(), False  # again in the same thread: a signal may come while it is held
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskdm-demo")
 
     def begin(self, work: Callable[[Job[Result]], Result]) -> Job[Result]:
         """Have something computed as soon as it is its turn. Raises Busy."""
         with self._lock:
+            if self._ended:
+                raise Busy("the demo ends")
             if len(self._jobs) > self._waiting:
                 raise Busy(f"{len(self._jobs)} computations are asked for already; try again when some of them are done")
             job: Job[Result] = Job(self._jobs)
@@ -134,10 +137,14 @@ class Worker:
             with self._lock:
                 self._jobs.remove(job)
 
-    def close(self) -> None:
-        """Stop everything."""
+    def stop(self) -> None:
+        """Stop everything, and take nothing new."""
         with self._lock:
-            jobs = list(self._jobs)
-        for job in jobs:
-            job.stop()
+            self._ended = True
+            for job in self._jobs:
+                job.stop()
+
+    def close(self) -> None:
+        """The same, and wait until it has stopped."""
+        self.stop()
         self._thread.shutdown(wait=True)
