@@ -14,7 +14,7 @@ from maskdm.recipes import RECIPES, recipe
 from maskdm.settings import find
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("guide.md", "evaluation.md", "recipes.md", "sampling.md", "editing.md", "distillation.md", "export.md")
+NAMES = ("guide.md", "evaluation.md", "recipes.md", "sampling.md", "editing.md", "demo.md", "distillation.md", "export.md")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in NAMES)]
 
 

@@ -1,110 +1,24 @@
-"""The pages in a browser: headless Chromium over its DevTools protocol."""
+"""The report's pages in a browser."""
 
 from __future__ import annotations
 
-import base64
 import json
-import shutil
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from browser_helpers import Tab, needs_browser, open_tab
 from report_helpers import make_run
-from websockets.sync.client import ClientConnection, connect
 
 from maskdm.report import compare_runs, write_report
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-FLAGS += ["--disable-sync", "--no-first-run", "--remote-debugging-port=0"]
-FAILURES = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Inspector.targetCrashed")
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-
-
-class Tab:
-    """One page of the browser; `complaints` gathers whatever the console says."""
-
-    def __init__(self, socket: ClientConnection) -> None:
-        self.socket, self.number = socket, 0
-        self.complaints: list[str] = []
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command and its answer; events that come before it are looked through."""
-        self.number += 1
-        self.socket.send(json.dumps({"id": self.number, "method": method, "params": params}))
-        while (message := json.loads(self.socket.recv(timeout=15))).get("id") != self.number:
-            self._notice(message)
-        assert "error" not in message, message
-        return message["result"]
-
-    def _notice(self, message: dict[str, Any]) -> None:
-        if message["method"] in FAILURES:
-            self.complaints.append(json.dumps(message["params"]))
-
-    def ask(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def show(self, path: Path) -> None:
-        """Open a file, and wait until all of it is there."""
-        self.call("Page.navigate", url=path.as_uri())
-        self.wait(f"location.href === {json.dumps(path.as_uri())} && document.readyState === 'complete'")
-
-    def wait(self, expression: str) -> None:
-        """Wait until the expression holds."""
-        until = time.monotonic() + 10
-        while not self.ask(expression):
-            assert time.monotonic() < until, expression
-            time.sleep(0.02)
-
-    def set_screen(self, width: int, scheme: str, height: int = 900) -> None:
-        """Make the window so wide, and prefer light or dark."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-
-    def press(self, key: str) -> None:
-        """Press and release a key that has no text; the code is that of ArrowLeft."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=37)
-
-    def screenshot(self, path: Path) -> None:
-        """Save the whole page as PNG."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    profile = tmp_path_factory.mktemp("chromium")
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-    browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        port_file, until = profile / "DevToolsActivePort", time.monotonic() + 15
-        while not port_file.is_file() or len(port_file.read_text().splitlines()) < 2:
-            assert browser.poll() is None and time.monotonic() < until, "Chromium did not start"
-            time.sleep(0.05)
-        port, root = port_file.read_text().splitlines()
-        target = _new_tab(f"ws://127.0.0.1:{port}{root}")
-        with connect(f"ws://127.0.0.1:{port}/devtools/page/{target}", max_size=None, proxy=None) as socket:
-            yield Tab(socket)
-    finally:
-        browser.terminate()
-        browser.wait(timeout=10)
-
-
-def _new_tab(address: str) -> str:
-    with connect(address, proxy=None) as socket:
-        socket.send(json.dumps({"id": 1, "method": "Target.createTarget", "params": {"url": "about:blank"}}))
-        while (message := json.loads(socket.recv(timeout=15))).get("id") != 1:
-            pass
-    return message["result"]["targetId"]
+    with open_tab(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from maskdm import __version__
+from maskdm.cli_demo import Demo, show
 from maskdm.cli_edit import Edit, change
 from maskdm.cli_export import Export, Pack, Push, give
 from maskdm.cli_sample import PrecisionName, Run, Sample, WeightsName
@@ -191,6 +192,7 @@ Verb = (
     | Annotated[Pack, subcommand("pack")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Edit, subcommand("edit")]
+    | Annotated[Demo, subcommand("demo")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[EmaSweep, subcommand("ema-sweep")]
     | Annotated[Report, subcommand("report")]
@@ -198,7 +200,7 @@ Verb = (
     | Annotated[Push, subcommand("push")]
 )
 
-AnyVerb = Train | Plan | Compare | Distil | DataVerb | Pack | Sample | Edit | Evaluate | EmaSweep | Report | Export | Push
+AnyVerb = Train | Plan | Compare | Distil | DataVerb | Pack | Sample | Edit | Demo | Evaluate | EmaSweep | Report | Export | Push
 
 
 def main() -> None:
@@ -318,6 +320,8 @@ def _perform(verb: AnyVerb, settings: list[tuple[str, str]], arguments: list[str
             _say(f"{len(paths) - 1} images in {verb.out}; overview in {paths[-1]}" if paths else "")
         case Edit():
             print(change(verb))
+        case Demo():
+            show(verb)
         case Evaluate():
             _say(_evaluate(verb))
         case EmaSweep():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -67,7 +68,7 @@ class EditRequest:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """A task, what was given for it as an image to be shown, the truth where it is known, and what to start from (a sketch)."""
 
     task: Task | None
@@ -85,7 +86,7 @@ def edit(request: EditRequest, display: Display) -> str:
         raise UserError(f"{request.run} draws latents, in which nothing of this is known; edit with a run on pixels")
     display.note(f"weights: {origin}")
     config, machine = RunDirectory(request.run).config(), this_machine(Hardware())
-    settings = _settings(request, config)
+    settings = edit_settings(request, config)
     pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
     asked = _asked(request, pipeline, config, machine, display)
     try:
@@ -93,7 +94,7 @@ def edit(request: EditRequest, display: Display) -> str:
     except OSError as error:
         raise UserError(f"cannot write to --out {request.out}: {error.strerror}") from None
     started = time.perf_counter()
-    images, cost = _draw(request, pipeline, settings, asked, machine)
+    images, cost = draw_task(request, pipeline, settings, asked, machine)
     about = _about(request, asked, images, cost, time.perf_counter() - started)
     pixels = to_uint8(images).cpu().numpy()
     for number, image in enumerate(pixels):
@@ -105,7 +106,8 @@ def edit(request: EditRequest, display: Display) -> str:
     return f"{len(pixels)} images in {request.out}{near}; overview in {request.out / 'grid.png'}\n{json.dumps(about)}"
 
 
-def _settings(request: EditRequest, config: Config) -> Sampling:
+def edit_settings(request: EditRequest, config: Config) -> Sampling:
+    """A run's settings with those that a request gives in their place. Raises UserError for those that do not go with tasks."""
     given = {key: getattr(request, key) for key in ("steps", "scheduler", "guidance") if getattr(request, key) is not None}
     settings = replace(config.sampling, **given)
     check_guidance(settings, config)
@@ -114,10 +116,15 @@ def _settings(request: EditRequest, config: Config) -> Sampling:
     return settings
 
 
-def _draw(
-    request: EditRequest, pipeline: maskdm.MaskDMPipeline, settings: Sampling, asked: _Asked, machine: Machine
+def draw_task(
+    request: EditRequest,
+    pipeline: maskdm.MaskDMPipeline,
+    settings: Sampling,
+    asked: Asked,
+    machine: Machine,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, Cost]:
-    """Images [num, channels, height, width] in -1..1, and what they cost."""
+    """Images [num, channels, height, width] in -1..1, and what they cost. on_step: called with the step's number and x_t."""
     labels = choose_labels(pipeline.config["class_names"], request.labels, request.num) if request.labels else None
     guidance = None
     if asked.task is not None:
@@ -132,6 +139,7 @@ def _draw(
             image=None if asked.start is None else asked.start.expand(request.num, -1, -1, -1),
             strength=(0.6 if request.strength is None else request.strength) if asked.start is not None else 1.0,
             guidance=guidance,
+            on_step=on_step,
             **sampler(settings),
         )
     images = drawn.images.float() * 2 - 1
@@ -142,7 +150,7 @@ def _draw(
     return images, guidance.cost
 
 
-def _about(request: EditRequest, asked: _Asked, images: Tensor, cost: Cost, seconds: float) -> dict[str, Any]:
+def _about(request: EditRequest, asked: Asked, images: Tensor, cost: Cost, seconds: float) -> dict[str, Any]:
     """The line of JSON."""
     about: dict[str, Any] = {"task": request.task, "method": request.method if asked.task is not None else None, "num": len(images)}
     about |= {"evaluations": cost.evaluations, "backward": cost.backward, "seconds": round(seconds, 3)}
@@ -157,7 +165,7 @@ def _about(request: EditRequest, asked: _Asked, images: Tensor, cost: Cost, seco
 # --- the tasks ------------------------------------------------------------------------------------------------------
 
 
-def _asked(request: EditRequest, pipeline: maskdm.MaskDMPipeline, config: Config, machine: Machine, display: Display) -> _Asked:
+def _asked(request: EditRequest, pipeline: maskdm.MaskDMPipeline, config: Config, machine: Machine, display: Display) -> Asked:
     """The task, from files and numbers. Raises UserError for what is missing or does not fit."""
     if request.task not in get_args(TaskName):
         raise UserError(f"--task {request.task} is none of {', '.join(get_args(TaskName))}")
@@ -170,15 +178,15 @@ def _asked(request: EditRequest, pipeline: maskdm.MaskDMPipeline, config: Config
     match request.task:
         case "palette":
             assert request.colours is not None
-            return _Asked(Palette(_colours(request.colours, config.data.channels).to(machine.device)))
+            return Asked(Palette(_colours(request.colours, config.data.channels).to(machine.device)))
         case "classify":
-            return _Asked(_classify(request, config, machine, display))
+            return Asked(_classify(request, config, machine, display))
         case _:
             assert request.image is not None
             return _of_image(request, request.image, config.data, machine)
 
 
-def _of_image(request: EditRequest, path: Path, data: Data, machine: Machine) -> _Asked:
+def _of_image(request: EditRequest, path: Path, data: Data, machine: Machine) -> Asked:
     def read(file: Path, size: tuple[int, int], channels: int = data.channels) -> Tensor:
         return _read(file, replace(data, image_size=size, channels=channels)).to(machine.device)
 
@@ -187,7 +195,7 @@ def _of_image(request: EditRequest, path: Path, data: Data, machine: Machine) ->
     task: Linear
     match request.task:
         case "sketch":
-            return _Asked(None, whole, whole if request.simulate else None, whole)
+            return Asked(None, whole, whole if request.simulate else None, whole)
         case "inpaint":
             assert request.mask is not None
             hidden = read(request.mask, (height, width), 1)[0, 0] > 0
@@ -218,7 +226,7 @@ def _of_image(request: EditRequest, path: Path, data: Data, machine: Machine) ->
                 raise UserError(f"{request.run} draws gray images; task colourise needs a run in colour")
             task = Colourise(whole.mean(1, keepdim=True))
             task.known = task.apply(whole)
-    return _Asked(task, task.invert(task.known), whole if request.simulate else None)
+    return Asked(task, task.invert(task.known), whole if request.simulate else None)
 
 
 def _whole_number(factor: int, size: tuple[int, int]) -> None:
