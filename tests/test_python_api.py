@@ -212,6 +212,7 @@ class ZMQInteractiveShell:
 
 def test_a_notebook_has_one_line_of_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(builtins, "get_ipython", ZMQInteractiveShell, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter's kernel does
     monkeypatch.setattr("maskdm.runs.display.NOTEBOOK_SECONDS", 0.0)
     display = Display()
     figures = {"images_per_second": 10.0, "share_of_ceiling": 0.5, "data_wait": 0.0, "memory": 2.0**30, "loss": 0.5}

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,8 +28,9 @@ class Display:
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
         self._notebook = self.console.is_jupyter
-        if self._notebook:  # which shows standard error as alarming, and each of rich's own prints as a picture
-            self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=quiet, force_jupyter=False)
+        if self._notebook:  # it shows standard error as alarming, each of rich's own prints apart, and says by FORCE_COLOR to be a terminal
+            plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False}
+            self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=quiet, **plain)
         self._standing = ""
         self._said = 0.0
 
