@@ -7,7 +7,9 @@ import importlib
 import pytest
 
 PUBLIC = {
-    "maskdm": ["DiT", "MaskDMPipeline", "UViT", "__version__"],
+    "maskdm": [
+        "DiT", "Interrupted", "MaskDMPipeline", "Run", "UViT", "UserError", "__version__", "compare", "evaluate_images", "train",
+    ],
     "maskdm.data": [
         "Batch", "BrokenImage", "Dataset", "Feed", "Latents", "Loader", "Loss", "Pixels", "ShardDataset", "ShardLoader", "Source",
         "Summary", "cache_directory", "decode", "duplicates", "flip", "inspect", "make_loader", "open_source", "pack", "prepare",
@@ -38,7 +40,7 @@ PUBLIC = {
     "maskdm.runs": [
         "CompareRequest", "Display", "DistilRequest", "Diverged", "EditRequest", "EvaluateRequest", "ExportRequest", "Interrupted", "Lost",
         "PackRequest", "PushRequest", "SampleRequest", "SweepRequest", "TrainRequest",
-        "compare", "compare_reports", "describe_data", "distil_run", "edit", "ema_sweep", "evaluate", "export", "pack_data",
+        "compare", "compare_reports", "describe_data", "distil_run", "draw_run", "edit", "ema_sweep", "evaluate", "export", "pack_data",
         "parse_formats", "parse_lengths", "plan", "push", "report_run", "sample_run", "train",
     ],
 }  # fmt: skip

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from maskdm.cli import run_command, split_settings
 from maskdm.config import Config
+from maskdm.evaluation import train_self
 from maskdm.recipes import RECIPES, recipe
 from maskdm.settings import find
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("guide.md", "evaluation.md", "recipes.md", "sampling.md", "editing.md", "demo.md", "distillation.md", "export.md")
+NAMES = ("guide.md", "evaluation.md", "recipes.md", "sampling.md", "editing.md", "demo.md", "distillation.md", "export.md", "python.md")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in NAMES)]
 
 
@@ -27,15 +31,29 @@ def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
     settings = ["--model.width", "16", "--depth", "3", "--heads", "2", "--threads", "1", "--sampling.steps", "2", "--sampling.num", "4"]
     steps = ["--pretrain.budget.steps", "2", "--finetune.budget.steps", "2"]
+    monkeypatch.setattr("maskdm.evaluation.training.train_self", partial(train_self, steps=5))
     assert run_command(["train", "digits", "--recipe", "digits", "--out", "runs/quickstart", *settings, *steps]) == 0
+    photos()
+    assert run_command(["train", "photos", "--out", "runs/photos", *settings, *steps]) == 0
+    more = ["--image-size", "8", "--mask.ratio", "0.75", "--finetune.lr", "1e-4"]
+    assert run_command(["train", "photos", "--out", "runs/small", *settings, *steps, *more]) == 0
     count = 0
     for page in PAGES:
         names: dict[str, object] = {}
         for block in blocks(page, "python"):
             exec(compile(block, f"{page.name}", "exec"), names)
             count += 1
-    assert count >= 3
-    assert (tmp_path / "three.png").is_file()
+    assert count >= 7
+    assert (tmp_path / "photo-15.png").is_file()
+
+
+def photos() -> None:
+    """Sixty images in the folder `photos`."""
+    from sklearn.datasets import load_digits
+
+    Path("photos").mkdir()
+    for number, pixels in enumerate(np.asarray(load_digits().images)[:60]):
+        Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).save(f"photos/{number}.png")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -55,7 +73,7 @@ def test_command_lines_are_ones_that_exist(page: Path) -> None:
             assert named in RECIPES, line
             for name, _ in parts.settings:
                 assert any(_knows(recipe(each, "x"), name) for each in RECIPES), line
-    assert found >= 3
+    assert found >= 3 or page.name == "python.md"
 
 
 def _knows(config: Config, name: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "maskdm"
 ORDER = (
     "errors", "config", "settings", "masking", "arithmetic", "data", "diffusion", "draws", "models", "objective", "distillation",
-    "engine", "sampling", "evaluation", "pictures", "report", "recipes", "tracking", "export", "runs", "demo", "command_line",
+    "engine", "sampling", "evaluation", "pictures", "report", "recipes", "tracking", "export", "runs", "api", "demo", "command_line",
     "cli_export", "cli_sample", "cli_edit", "cli_demo", "cli", "__main__",
 )  # fmt: skip
 

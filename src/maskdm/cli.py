@@ -355,7 +355,7 @@ def _evaluate(verb: Evaluate) -> str:
     if verb.images is not None and wrong:
         raise UserError(f"--{wrong[0]} says how a run is sampled; leave it out with --images")
     request = runs.EvaluateRequest(sampling, verb.images, verb.data, verb.features, verb.num_reference, verb.image_size, verb.out)
-    return runs.evaluate(request, runs.Display())
+    return runs.evaluate(request, runs.Display()).summary
 
 
 def _report(verb: Report) -> Path:

@@ -23,15 +23,18 @@ class Edit:
 
     run: Run
     task: Annotated[
-        Literal["inpaint", "outpaint", "upscale", "deblur", "colourise", "palette", "classify", "sketch"], arg(help="what is asked for")
+        Literal["inpaint", "outpaint", "upscale", "deblur", "colourise", "palette", "classify", "text", "sketch"],
+        arg(help="what is asked for"),
     ]
     out: Annotated[Path, arg(help="directory for the images")]
-    image: Annotated[Path | None, arg(help="the image, brought to the run's size; palette and classify take none")] = None
+    image: Annotated[Path | None, arg(help="the image, brought to the run's size; palette, classify and text take none")] = None
     mask: Annotated[Path | None, arg(help="for inpaint: white where the image is to be drawn anew")] = None
     factor: Annotated[int, arg(help="for upscale and outpaint: how many times larger than the given image")] = 2
     blur: Annotated[float, arg(help="for deblur: deviation of the blur, in pixels")] = 1.0
     colours: Annotated[str | None, arg(help="for palette: #rrggbb, with commas between")] = None
     target: Annotated[str | None, arg(help="for classify: class, or mixture of classes, that a small network is to see")] = None
+    prompt: Annotated[str | None, arg(help="for text: what a CLIP network is to see, such as 'a red flower'")] = None
+    clip: Annotated[Path | None, arg(help="for text: folder of a CLIP network with its tokenizer, as transformers saves it")] = None
     strength: Annotated[float | None, arg(help="of the task, 1; of a sketch: how much is drawn anew, 0 to 1; 0.6 if left out")] = None
     method: Annotated[
         Literal["cheap", "full", "project"],

@@ -5,7 +5,14 @@ from __future__ import annotations
 import errno
 
 
-class UserError(Exception):
+class Told(Exception):
+    """An exception whose message is all that a person needs: in a notebook it stands alone, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for it
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(Told):
     """Bad input. The message is one line naming the file, key or value and the way out; exit code 2."""
 
 

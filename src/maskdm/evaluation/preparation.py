@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -16,6 +17,8 @@ Triple = tuple[float, float, float]
 
 IMAGENET_MEAN: Triple = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_STD: Triple = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+_BY_TORCH = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,19 @@ class Preparation:
         """Prepared images, on the CPU. UserError for another number of channels than 1 or 3."""
         shaped = as_rgb(self._cut(self._resized(images))).float()
         return shaped.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
+
+    def differentiable(self, images: Float[Tensor, "n _ _ _"]) -> Float[Tensor, "n 3 _ _"]:
+        """The same of images with pixels in 0..255 that need not be whole, by torch: on their device, and with a gradient.
+
+        Like Pillow's but for its rounding, and for what a bicubic filter overshoots, which Pillow cuts off. UserError for other filters.
+        """
+        target = self._target(*images.shape[2:])
+        if target != tuple(images.shape[2:]):
+            if self.resample not in _BY_TORCH:
+                raise UserError(f"images are resized by the filter {self.resample.name.lower()}, which has no gradient here; use bicubic")
+            images = F.interpolate(images, target, mode=_BY_TORCH[self.resample], antialias=True, align_corners=False)
+        mean, std = (torch.tensor(each, device=images.device)[:, None, None] for each in (self.mean, self.std))
+        return (as_rgb(self._cut(images)) - mean) / std
 
     def __str__(self) -> str:
         parts: list[str] = []
@@ -76,7 +92,7 @@ class Preparation:
         return images[:, :, top : top + high, left : left + wide]
 
 
-def as_rgb(images: UInt8[Tensor, "n _ h w"]) -> UInt8[Tensor, "n 3 h w"]:
+def as_rgb(images: Shaped[Tensor, "n _ h w"]) -> Shaped[Tensor, "n 3 h w"]:
     """Gray is repeated; RGB stays. UserError for anything else."""
     if images.shape[1] not in (1, 3):
         raise UserError(f"the images have {images.shape[1]} channels; a feature network reads 1 (gray) or 3 (RGB)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,9 @@ Reading: TypeAlias = Literal["projected image embedding", "pooled output", "mean
 
 _CLIP = ("clip", "clip_vision_model")
 _FAMILIES: dict[Family, tuple[str, ...]] = {"transformers": (), "dinov2": ("dinov2", "dinov2_with_registers"), "clip": _CLIP}
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is fetched, and no code of a folder is run."""
+
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 
 
@@ -56,16 +59,16 @@ def load_transformers(family: Family, folder: Path, device: torch.device) -> Tra
     """
     if not folder.is_dir():
         raise UserError(f"{family}:{folder} is no folder; give one with config.json and model.safetensors, as save_pretrained writes it")
-    kind = str(_json(folder / "config.json").get("model_type"))
+    kind = str(read_json(folder / "config.json").get("model_type"))
     if _FAMILIES[family] and kind not in _FAMILIES[family]:
         raise UserError(f"{family}:{folder} holds a network of the type {kind}; give it as transformers:{folder}")
-    preparation, digest = _preparation(folder), _digest(folder)
+    preparation, digest = preparation_of(folder), _digest(folder)
     model, has_pooling = _load(folder, kind)
     try:
         with torch.no_grad():
             output = model(pixel_values=preparation(torch.full((1, 3, 64, 64), 128, dtype=torch.uint8)))
     except Exception as error:  # whatever a network of somebody else's runs into
-        raise UserError(f"{folder} fails on an image that is {preparation}: {_line(error)}") from error
+        raise UserError(f"{folder} fails on an image that is {preparation}: {first_line(error)}") from error
     reading: Reading = "mean of the tokens"
     if kind in _CLIP:
         reading = "projected image embedding"
@@ -90,37 +93,57 @@ def _read(output: Any, reading: Reading) -> Tensor:
 
 def _load(folder: Path, kind: str) -> tuple[Any, bool]:
     """The network on the CPU, and whether the weights hold its pooling."""
+
+    def choose(library: Any, config: Any) -> tuple[Any, Any]:
+        if kind == "clip":  # both towers: the size of the projection stands above them, and the tower's own copy may differ
+            config.vision_config.projection_dim = config.projection_dim
+            config = config.vision_config
+        return library.CLIPVisionModelWithProjection if kind in _CLIP else library.AutoModel, config
+
+    model, missing = read_model(folder, choose)
+    if model.main_input_name != "pixel_values":
+        raise UserError(f"{folder} holds a network of the type {kind}, which reads {model.main_input_name}, not images alone")
+    refuse_missing(folder, [key for key in missing if not key.startswith("pooler.")])
+    return model, not missing
+
+
+def library_for(folder: Path) -> Any:
+    """The Transformers library. UserError, naming what needs it, where it is not installed."""
     try:
         import transformers
     except ImportError as error:
         raise UserError(f"{folder} needs the Transformers library: pip install 'maskdm[transformers]'") from error
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    return transformers
+
+
+def read_model(folder: Path, choose: Callable[[Any, Any], tuple[Any, Any]]) -> tuple[Any, list[str]]:
+    """A folder's network, on the CPU, in fp32 and frozen, and the names of weights that the folder lacks.
+
+    choose: from the library and the folder's configuration to the network's class and its configuration.
+    """
+    library = library_for(folder)
     try:
-        with _quiet():
-            config: Any = transformers.AutoConfig.from_pretrained(folder, **local)
-            if kind == "clip":  # both towers: the size of the projection stands above them, and the tower's own copy may differ
-                config.vision_config.projection_dim = config.projection_dim
-                config = config.vision_config
-            network: Any = transformers.CLIPVisionModelWithProjection if kind in _CLIP else transformers.AutoModel
-            model, info = network.from_pretrained(folder, config=config, use_safetensors=True, output_loading_info=True, **local)
+        with quietly():
+            kind, config = choose(library, library.AutoConfig.from_pretrained(folder, **LOCAL))
+            model, info = kind.from_pretrained(folder, config=config, use_safetensors=True, output_loading_info=True, **LOCAL)
     except Exception as error:  # the library raises every kind of error for what stands in a folder
-        raise UserError(f"{folder} cannot be loaded by the Transformers library: {_line(error)}") from error
-    if model.main_input_name != "pixel_values":
-        raise UserError(f"{folder} holds a network of the type {kind}, which reads {model.main_input_name}, not images alone")
-    missing = sorted(info["missing_keys"])
-    lacking = [key for key in missing if not key.startswith("pooler.")]
-    if lacking:
-        raise UserError(f"{folder} lacks {len(lacking)} of the network's weights, such as {lacking[0]}; save the whole network")
-    return model.float().eval().requires_grad_(False), not missing
+        raise UserError(f"{folder} cannot be loaded by the Transformers library: {first_line(error)}") from error
+    return model.float().eval().requires_grad_(False), sorted(info["missing_keys"])
 
 
-def _preparation(folder: Path) -> Preparation:
-    """What preprocessor_config.json says, done by Pillow: the library's own way needs torchvision."""
+def refuse_missing(folder: Path, keys: list[str]) -> None:
+    """UserError for weights that would be made up."""
+    if keys:
+        raise UserError(f"{folder} lacks {len(keys)} of the network's weights, such as {keys[0]}; save the whole network")
+
+
+def preparation_of(folder: Path) -> Preparation:
+    """What preprocessor_config.json says, done by Pillow: the library's own way needs torchvision. UserError for what is not known."""
     path = folder / "preprocessor_config.json"
     if path.is_file():
-        about = _json(path)
+        about = read_json(path)
     else:  # what version 5 of the library writes for processors of several kinds
-        about = _json(folder / "processor_config.json", f"{path} is missing; copy it from where the network is published")
+        about = read_json(folder / "processor_config.json", f"{path} is missing; copy it from where the network is published")
         about = about.get("image_processor", {})
     odd = [key for key, value in about.items() if key.startswith("do_") and value and key not in _STEPS]
     if odd or about.get("crop_pct") is not None:
@@ -169,7 +192,8 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256("".join(sha256_of(part) for part in parts).encode()).hexdigest()
 
 
-def _json(path: Path, absent: str | None = None) -> dict[str, Any]:
+def read_json(path: Path, absent: str | None = None) -> dict[str, Any]:
+    """A file's settings. UserError, `absent` if given, where there are none."""
     if not path.is_file():
         raise UserError(absent or f"there is no {path}; give a folder as save_pretrained writes it")
     try:
@@ -179,7 +203,7 @@ def _json(path: Path, absent: str | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quietly() -> Generator[None]:
     """Without the library's progress bars and reports: what matters in them is an error here."""
     from transformers.utils import logging
 
@@ -194,5 +218,6 @@ def _quiet() -> Generator[None]:
             logging.enable_progress_bar()
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what an error says."""
     return str(error).strip().partition("\n")[0]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from maskdm.engine import Lost, joined
+from maskdm.pictures import to_pil
 from maskdm.report import compare_runs, write_report
 from maskdm.runs.compare import CompareRequest, compare
 from maskdm.runs.data import describe_data
@@ -20,7 +23,7 @@ from maskdm.runs.observe import Diverged
 from maskdm.runs.pack import PackRequest, pack_data
 from maskdm.runs.push import PushRequest, push
 from maskdm.runs.resolve import TrainRequest
-from maskdm.runs.sample import SampleRequest, sample, sampling_settings, wishes_of
+from maskdm.runs.sample import SampleRequest, ready, sample, sampling_settings, wishes_of
 from maskdm.runs.store import load_pipeline
 from maskdm.runs.sweep import SweepRequest, ema_sweep, parse_lengths
 from maskdm.runs.train import Interrupted, train
@@ -44,6 +47,7 @@ __all__ = [
     "compare_reports",
     "describe_data",
     "distil_run",
+    "draw_run",
     "edit",
     "ema_sweep",
     "evaluate",
@@ -69,6 +73,16 @@ def sample_run(request: SampleRequest, display: Display) -> list[Path]:
         with shown.counting(f"drawing {request.num} images") as progress:
             paths = sample(request, pipeline, settings, wishes_of(request, pipeline), ranks, progress)
         return paths if ranks.first else []
+
+
+def draw_run(request: SampleRequest, display: Display) -> list[Image.Image]:
+    """The images that `sample_run` would write, none of which is written; all of them in each process. Raises UserError."""
+    pipeline, origin = load_pipeline(request.run, request.weights, request.ema)
+    display.note(f"weights: {origin}")
+    settings = sampling_settings(RunDirectory(request.run).config(), request)
+    draw = ready(request, pipeline, settings, wishes_of(request, pipeline))
+    with display.counting(f"drawing {request.num} images") as progress:
+        return [to_pil(image) for image in draw(range(request.num), progress)]
 
 
 def report_run(path: Path) -> Path:

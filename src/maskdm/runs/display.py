@@ -1,10 +1,12 @@
-"""What a person sees while a run goes on: notes, bars in a terminal, and a line now and then in a log file."""
+"""What a person sees while a run goes on: notes, and bars in a terminal, a line now and then in a log file, or one line in a notebook."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,20 +18,56 @@ WORTH_SAYING = 0.02
 LINE_SECONDS = 20.0
 """Between lines of progress where there is no terminal to draw a bar in."""
 
+NOTEBOOK_SECONDS = 0.5
+"""Between changes of the one line of progress in a notebook."""
+
 
 class Display:
-    """Prints what goes on to standard error; results are the caller's to print."""
+    """Prints what goes on to standard error, in a notebook to standard output; results are the caller's to print."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
+        self._notebook = self.console.is_jupyter
+        if self._notebook:  # it shows standard error as alarming, each of rich's own prints apart, and says by FORCE_COLOR to be a terminal
+            plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False}
+            self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=quiet, **plain)
+        self._standing = ""
+        self._said = 0.0
 
     def note(self, text: str) -> None:
         """A line."""
+        self._end_line()
         self.console.print(escape(text))
 
     def heading(self, text: str) -> None:
         """A line that stands out."""
+        self._end_line()
         self.console.print(f"[bold]{escape(text)}[/bold]")
+
+    def begin(self) -> None:
+        """Something begins whose progress `stand` says from now on."""
+        self._said = time.monotonic()
+
+    def stand(self, text: str, last: bool = False) -> None:
+        """Say now and then where something stands, and what came of it at the `last`; nothing in a terminal, which has bars."""
+        now = time.monotonic()
+        between = NOTEBOOK_SECONDS if self._notebook else LINE_SECONDS
+        if self.console.is_terminal or self.console.quiet or (now - self._said <= between and not last):
+            return
+        self._said = now
+        if not self._notebook:
+            self.note(text)
+            return
+        self.console.file.write("\r" + text.ljust(len(self._standing)))  # over the line before
+        self.console.file.flush()
+        self._standing = text
+        if last:
+            self._end_line()
+
+    def _end_line(self) -> None:
+        if self._standing:
+            self._standing = ""
+            self.console.file.write("\n")
 
     @contextmanager
     def counting(self, what: str) -> Generator[Callable[[int, int], None], None, None]:
@@ -44,19 +82,18 @@ class Display:
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
             bar = bars.add_task(what, total=None, rate="")
-            began = said = time.monotonic()
+            self.begin()
+            began = time.monotonic()
             first: int | None = None  # what resumed work had done before is not its speed
 
             def update(done: int, total: int) -> None:
-                nonlocal began, said, first
+                nonlocal began, first
                 now = time.monotonic()
                 if first is None:
                     first, began = done, now
                 rate = f"{(done - first) / (now - began):.3g}/s" if done > first else ""
                 bars.update(bar, completed=done, total=total, rate=rate)
-                if not self.console.is_terminal and now - said > LINE_SECONDS:
-                    said = now
-                    self.note(f"{what}: {done} of {total}{rate and f', {rate}'}")
+                self.stand(f"{what}: {done} of {total}{rate and f', {rate}'}")
 
             yield update
 
@@ -81,7 +118,7 @@ class TrainingBar:
         self._display, self._bars = display, bars
         self._stage = ""
         self._bar = None
-        self._said = time.monotonic()
+        display.begin()
 
     def update(self, stage: str, share: float, step: int, seconds: float, figures: Mapping[str, float]) -> None:
         """Show where the stage stands: `share` of its budget, its `step`, training `seconds` in the stage, and the figures logged."""
@@ -95,9 +132,7 @@ class TrainingBar:
             f"  {figures['memory'] / 2**30:.1f} GiB  loss {figures['loss']:.4f}"
         )
         self._bars.update(self._bar, completed=share, figures=text, eta=eta)
-        if not self._display.console.is_terminal and (time.monotonic() - self._said > LINE_SECONDS or share >= 1):
-            self._said = time.monotonic()
-            self._display.note(f"{stage} {share:4.0%}  {text}  eta {eta}")
+        self._display.stand(f"{stage} {share:4.0%}  {text}  eta {eta}", last=share >= 1)
 
 
 def _clock(seconds: float) -> str:

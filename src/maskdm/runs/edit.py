@@ -20,6 +20,7 @@ from maskdm.data import BrokenImage, decode, to_model_range, to_uint8
 from maskdm.engine import Machine, Ranks, autocast, this_machine
 from maskdm.errors import UserError
 from maskdm.evaluation import SelfNetwork
+from maskdm.evaluation.clip_text import read_prompt
 from maskdm.pictures import grid, to_pil
 from maskdm.runs.directory import RunDirectory
 from maskdm.runs.display import Display
@@ -32,7 +33,7 @@ from maskdm.sampling import make_scheduler, seeded
 from maskdm.sampling.guidance import Cost, Method, Steered, with_strength
 from maskdm.sampling.tasks import Colourise, Deblur, Fulfil, Inpaint, Linear, Palette, Task, Upscale
 
-TaskName = Literal["inpaint", "outpaint", "upscale", "deblur", "colourise", "palette", "classify", "sketch"]
+TaskName = Literal["inpaint", "outpaint", "upscale", "deblur", "colourise", "palette", "classify", "text", "sketch"]
 
 UNSUITED = ("heun", "lms", "pndm")
 """Schedulers that mix the past into a step, and forget what a task put right."""
@@ -56,6 +57,8 @@ class EditRequest:
     blur: float = 1.0
     colours: str | None = None
     target: str | None = None
+    prompt: str | None = None
+    clip: Path | None = None
     strength: float | None = None
     method: Method = "cheap"
     simulate: bool = False
@@ -171,8 +174,9 @@ def _asked(request: EditRequest, pipeline: maskdm.MaskDMPipeline, config: Config
         raise UserError(f"--task {request.task} is none of {', '.join(get_args(TaskName))}")
     if (request.image is None) == (request.task in NEEDS_IMAGE):
         raise UserError(f"task {request.task} {'needs an --image' if request.image is None else 'takes no --image'}")
-    belong = (("mask", request.mask, "inpaint"), ("colours", request.colours, "palette"), ("target", request.target, "classify"))
-    for name, value, task in belong:
+    belong = (("mask", "inpaint"), ("colours", "palette"), ("target", "classify"), ("prompt", "text"), ("clip", "text"))
+    for name, task in belong:
+        value = getattr(request, name)
         if (value is not None) != (request.task == task):
             raise UserError(f"--{name} belongs to task {task}: " + ("give it" if value is None else f"leave it out of {request.task}"))
     match request.task:
@@ -181,6 +185,9 @@ def _asked(request: EditRequest, pipeline: maskdm.MaskDMPipeline, config: Config
             return Asked(Palette(_colours(request.colours, config.data.channels).to(machine.device)))
         case "classify":
             return Asked(_classify(request, config, machine, display))
+        case "text":
+            assert request.prompt is not None and request.clip is not None
+            return Asked(Fulfil(read_prompt(request.clip, request.prompt, machine.device).distance))
         case _:
             assert request.image is not None
             return _of_image(request, request.image, config.data, machine)

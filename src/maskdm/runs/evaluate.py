@@ -60,8 +60,16 @@ class EvaluateRequest:
     out: Path | None = None
 
 
-def evaluate(request: EvaluateRequest, display: Display) -> str:
-    """Measure, write what was found, and return a summary; nothing from processes other than the first. Raises UserError."""
+@dataclass(frozen=True)
+class Evaluated:
+    """The figures, as metrics.json has them, and a summary in words; both empty in processes other than the first."""
+
+    measures: dict[str, Any]
+    summary: str
+
+
+def evaluate(request: EvaluateRequest, display: Display) -> Evaluated:
+    """Measure, and write what was found. Raises UserError."""
     if (request.run is None) == (request.images is None):
         raise UserError("give either the directory of a run, or --images A --data B: two collections of images")
     if request.run is not None and request.image_size is not None:
@@ -78,7 +86,7 @@ def evaluate(request: EvaluateRequest, display: Display) -> str:
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks, display: Display) -> str:
+def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks, display: Display) -> Evaluated:
     run = RunDirectory.existing(sampled.run)
     config, info = run.config(), run.info()
     if sampled.num < 10:
@@ -121,7 +129,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     subject = Subject(samples, training, heldout, tuple(pipeline.config["class_names"]))
     found = _measure(request, network, subject, provenance, denoising, ranks, display)
     if not ranks.first:
-        return ""
+        return Evaluated({}, "")
     stages: list[dict[str, Any]] = info["stages"]
     metrics = {**found.measures, "train_seconds": sum(stage["seconds"] for stage in stages), "stages": stages}
     write_text(run.metrics_file, json.dumps(metrics, indent=1))
@@ -132,7 +140,8 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     if request.out is not None:
         write_text(request.out, json.dumps(metrics, indent=1))
     write_report(run.path)
-    return "\n".join([*summary(metrics), f"metrics: {run.metrics_file}", f"report:  {run.path / 'report.html'}"])
+    lines = [*summary(metrics), f"metrics: {run.metrics_file}", f"report:  {run.path / 'report.html'}"]
+    return Evaluated(metrics, "\n".join(lines))
 
 
 def _draw(
@@ -185,7 +194,7 @@ def _overfitting(
 # --- two collections of images ------------------------------------------------------------------------------------
 
 
-def _evaluate_images(request: EvaluateRequest, ranks: Ranks, display: Display) -> str:
+def _evaluate_images(request: EvaluateRequest, ranks: Ranks, display: Display) -> Evaluated:
     if request.images is None or request.data is None:
         raise UserError("--images is given without --data; name the real images that they are measured against")
     sources = [open_source(request.images), open_source(request.data)]
@@ -222,14 +231,14 @@ def _evaluate_images(request: EvaluateRequest, ranks: Ranks, display: Display) -
     subject = Subject(sets[0], sets[1], None, datasets[0].class_names if same_classes else (), "real images")
     found = _measure(request, network, subject, provenance, None, ranks, display)
     if not ranks.first:
-        return ""
+        return Evaluated({}, "")
     lines = summary(found.measures)
     if request.out is not None:
         write_text(request.out, json.dumps(found.measures, indent=1))
         pairs = request.out.with_suffix(".copies.png")
         _picture(found, subject, "worst").save(pairs)
         lines += [f"metrics: {request.out}", f"pairs most alike: {pairs}"]
-    return "\n".join(lines)
+    return Evaluated(found.measures, "\n".join(lines))
 
 
 # --- both -----------------------------------------------------------------------------------------------------------

@@ -144,6 +144,27 @@ class SampleRequest:
     """Length (sigma_rel) of the average made from the snapshots; None: the one that training kept."""
 
 
+def ready(
+    request: SampleRequest, pipeline: maskdm.MaskDMPipeline, settings: Sampling, wishes: Wishes
+) -> Callable[[range, Callable[[int, int], None] | None], list[NDArray[np.uint8]]]:
+    """Check what is asked for; what is returned draws those of the images that have these numbers, as `draw_images`. Raises UserError."""
+    if request.num < 1 or (request.batch is not None and request.batch < 1):
+        raise UserError("--num and --batch must be at least 1")
+    pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
+    labels = choose_labels(pipeline.config["class_names"], request.labels, request.num, wishes.between)
+    precision = this_machine(Hardware(precision=request.precision)).precision
+    if request.compile:
+        pipeline.unet.compile()
+
+    def draw(part: range, progress: Callable[[int, int], None] | None) -> list[NDArray[np.uint8]]:
+        if not part:
+            return []
+        wanted = labels and labels[part.start : part.stop]
+        return list(draw_images(pipeline, settings, part, wanted, request.seed, precision, request.batch, progress, wishes, request.num))
+
+    return draw
+
+
 def sample(
     request: SampleRequest,
     pipeline: maskdm.MaskDMPipeline,
@@ -156,21 +177,13 @@ def sample(
 
     A way between two images is written as morph.gif too, a film as denoising.gif. Returns the paths, the grid last. Raises UserError.
     """
-    if request.num < 1 or (request.batch is not None and request.batch < 1):
-        raise UserError("--num and --batch must be at least 1")
-    pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
-    labels = choose_labels(pipeline.config["class_names"], request.labels, request.num, wishes.between)
+    draw = ready(request, pipeline, settings, wishes)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {request.out}: {error.strerror}") from None
-    precision = this_machine(Hardware(precision=request.precision)).precision
-    if request.compile:
-        pipeline.unet.compile()
     paths, part = [request.out / f"sample-{i:06}.png" for i in range(request.num)], ranks.part(request.num)
-    wanted, images = labels and labels[part.start : part.stop], list[NDArray[np.uint8]]()
-    if part:
-        images = list(draw_images(pipeline, settings, part, wanted, request.seed, precision, request.batch, progress, wishes, request.num))
+    images = draw(part, progress)
     for number, image in zip(part, images, strict=True):
         to_pil(image).save(paths[number])
     first_ones = [image for share in ranks.gather(images[: max(0, SHOWN - part.start)]) for image in share]

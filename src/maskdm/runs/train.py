@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -23,7 +24,7 @@ from maskdm.config import Config, Convert, Denoise
 from maskdm.data import Dataset, make_loader, prepare
 from maskdm.draws import derive
 from maskdm.engine import Lost, Ranks, Trainer, Transfer, adapters, checkpoint, environment, joined, keep_freed_memory, snapshots, transfer
-from maskdm.errors import UserError, shorten
+from maskdm.errors import Told, UserError, shorten
 from maskdm.models import Denoiser, build
 from maskdm.report import write_report
 from maskdm.runs.directory import RunDirectory
@@ -36,7 +37,7 @@ from maskdm.runs.store import cache_directory, class_names, load_denoiser, load_
 from maskdm.settings import to_yaml
 
 
-class Interrupted(Exception):
+class Interrupted(Told):
     """The run was asked to stop, and has saved. Exit code 130."""
 
 
@@ -313,9 +314,13 @@ def _to_the_end(trainer: Trainer, observer: Observer, bar: TrainingBar, stop: li
 def stop_requests() -> Generator[list[str], None, None]:
     """Names of the signals that asked the run to stop: looked at between steps, when the state is whole.
 
-    SIGUSR1 is what SLURM sends before it takes a machine back (`--signal=USR1@120`). A second one stops at once.
+    SIGUSR1 is what SLURM sends before it takes a machine back (`--signal=USR1@120`). A second one stops at once. Python gives signals to
+    the main thread alone: in another one nothing is asked, and whoever started it keeps the handlers.
     """
     asked: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
 
     def ask(number: int, _: FrameType | None) -> None:
         if asked:
@@ -327,4 +332,4 @@ def stop_requests() -> Generator[list[str], None, None]:
         yield asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
