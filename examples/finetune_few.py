@@ -1,4 +1,4 @@
-"""Masked pre-training on many images, then whole images of the few one cares for. Six minutes on two cores.
+"""Masked pre-training on many images, then whole images of the few one cares for. About six minutes on one core.
 
 python examples/finetune_few.py [NAME=VALUE ...]      settings of all three runs, such as budget__steps=300
 
@@ -19,12 +19,14 @@ from maskdm.config import Budget, DiTConfig, PatchMask, Stage
 settings = dict(word.split("=", 1) for word in sys.argv[1:])
 images = np.asarray(load_digits().images) / 16
 for name, chosen in (("few", 1 - images[:60]), ("many", images[60:])):
-    Path("runs/images", name).mkdir(parents=True, exist_ok=True)
-    for number, pixels in enumerate(chosen):
-        Image.fromarray((255 * pixels).astype(np.uint8)).save(Path("runs/images", name, f"{number:04}.png"))
+    folder = Path("runs/images", name)
+    if not folder.is_dir():  # written again they would be other data, with which no run goes on
+        folder.mkdir(parents=True)
+        for number, pixels in enumerate(chosen):
+            Image.fromarray((255 * pixels).astype(np.uint8)).save(folder / f"{number:04}.png")
 
 network = {"model": DiTConfig(width=128, depth=7, heads=4, patch=2), "image_size": 8, "channels": 1}
-masked = Stage("pretrain", Budget(steps=1000), PatchMask(0.5), batch=128, lr=1.5e-3, warmup=100)
+masked = Stage("pretrain", Budget(steps=500), PatchMask(0.5), batch=128, lr=1.5e-3, warmup=100)
 many = maskdm.train("runs/images/many", "runs/many", recipe="transfer-pretrain", stages=[masked], **network | settings)
 
 whole = {"recipe": "transfer", "heldout": 0.3, "budget__images": 8000, "intervals__evaluate": 100}

@@ -1,4 +1,4 @@
-"""From images to samples in ten lines: train (masked, then whole), draw, measure, export. Five minutes on two cores.
+"""From images to samples in ten lines: train (masked, then whole), draw, measure, export. Six minutes on two cores.
 
 python examples/quickstart.py [NAME=VALUE ...]        settings, such as finetune__budget__minutes=0.5
 

@@ -49,7 +49,7 @@ def size(path: Path) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def quickstart(place: Path) -> dict[str, Any]:
-    return execute("quickstart.py", *SHORT, "pretrain__budget__steps=2", "finetune__budget__steps=2")
+    return execute("quickstart.py", *SHORT, *FEW, "pretrain__budget__steps=2", "finetune__budget__steps=2")
 
 
 def test_quickstart(quickstart: dict[str, Any], place: Path) -> None:
@@ -74,7 +74,7 @@ def test_custom_guidance(quickstart: dict[str, Any], place: Path) -> None:
 
 
 def test_compare_arms(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = execute("compare_arms.py", "320images", *TINY, "pretrain__batch=32", "finetune__batch=32", *FEW)["found"]
+    found = execute("compare_arms.py", "64images", *TINY, "pretrain__batch=16", "finetune__batch=16", *FEW)["found"]
     assert list(found["arms"]) == ["whole", "masked"] and len(found["verdicts"]) == 1
     assert "masked" in capsys.readouterr().out and (place / "runs" / "compare" / "compare.png").is_file()
 
