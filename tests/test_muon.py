@@ -11,7 +11,7 @@ import torch
 from maskdm.config import Budget, Config, NoMask, Optimizer, PatchMask, Stage
 from maskdm.data import Dataset, Loader, open_source, prepare
 from maskdm.engine import Trainer, make_optimizer
-from maskdm.engine.muon import Muon
+from maskdm.engine.muon import Muon, orthogonalised
 from maskdm.errors import UserError
 from maskdm.models import DiT, UViT, build
 from maskdm.recipes import recipe
@@ -67,6 +67,15 @@ def test_a_step_has_the_stated_size_and_no_direction_is_longer() -> None:
             assert 0.5 * expected < values.min() and values.max() < 1.3 * expected, name
         else:  # AdamW's first step is of the rate's size
             assert (p.detach() - before[name]).abs().mean() == pytest.approx(1e-3, rel=0.01), name
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_it_computes_in_bf16_only_where_the_device_does(bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskdm.engine.muon.multiplies_bf16", lambda kind: bf16)
+    wide = orthogonalised(torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(0)))
+    assert wide.dtype == dtype
+    values = torch.linalg.svdvals(wide.float())
+    assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_it_is_the_one_of_torch() -> None:

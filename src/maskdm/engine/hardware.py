@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import sys
@@ -42,8 +43,7 @@ def this_machine(hardware: Hardware) -> Machine:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("hardware.device is mps, but torch sees none here; use --device cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else kind == "cpu" and _has_bf16()
-    precision = hardware.precision if hardware.precision != "auto" else "bf16" if has_bf16 else "fp32"
+    precision = hardware.precision if hardware.precision != "auto" else "bf16" if multiplies_bf16(kind) else "fp32"
     if precision == "fp16" and kind == "cpu":
         raise UserError("hardware.precision is fp16, which a CPU is slow at; use bf16 or fp32")
     name = torch.cuda.get_device_name() if kind == "cuda" else _cpu_name()
@@ -51,8 +51,13 @@ def this_machine(hardware: Hardware) -> Machine:
     return Machine(torch.device(kind), name, cores, precision, flops)
 
 
-def _has_bf16() -> bool:
-    """Whether the processor multiplies in bf16; those that only emulate it are no faster for it (docs/experiments.md)."""
+@functools.cache
+def multiplies_bf16(kind: str) -> bool:
+    """Whether a kind of device multiplies in bf16; those that only emulate it take up to 70 times as long (docs/experiments.md)."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu":
+        return False
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

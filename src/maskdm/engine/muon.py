@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskdm.engine.hardware import multiplies_bf16
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration: the steepest at zero that keeps singular values within about 0.7 to 1.2."""
 
@@ -19,10 +21,10 @@ ITERATIONS = 5
 
 
 def orthogonalised(matrices: Float[Tensor, "batch rows columns"]) -> Float[Tensor, "batch rows columns"]:
-    """The nearest semi-orthogonal matrices, roughly: all singular values near 1. In bf16."""
+    """The nearest semi-orthogonal matrices, roughly: all singular values near 1. In bf16, where the device multiplies in it."""
     a, b, c = NEWTON_SCHULZ
     upright = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if upright else matrices).bfloat16()
+    x = (matrices.mT if upright else matrices).to(torch.bfloat16 if multiplies_bf16(matrices.device.type) else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
