@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from PIL import Image
 
 from maskdm.cli import run_command, split_settings
 from maskdm.config import Config
-from maskdm.evaluation import train_self
 from maskdm.recipes import RECIPES, recipe
 from maskdm.settings import find
 
@@ -31,7 +29,6 @@ def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
     settings = ["--model.width", "16", "--depth", "3", "--heads", "2", "--threads", "1", "--sampling.steps", "2", "--sampling.num", "4"]
     steps = ["--pretrain.budget.steps", "2", "--finetune.budget.steps", "2"]
-    monkeypatch.setattr("maskdm.evaluation.training.train_self", partial(train_self, steps=5))
     assert run_command(["train", "digits", "--recipe", "digits", "--out", "runs/quickstart", *settings, *steps]) == 0
     photos()
     assert run_command(["train", "photos", "--out", "runs/photos", *settings, *steps]) == 0

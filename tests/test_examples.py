@@ -7,7 +7,6 @@ import json
 import runpy
 import sys
 from collections.abc import Generator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,14 @@ SHORT = [*TINY, "sampling__num=4", "tracking=none"]
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
-    """A folder to run in, a cache, and a feature network that a few steps train."""
+    """A folder to run in and a cache."""
     import maskdm.runs  # noqa: F401 - whose parts are changed below
-    from maskdm.evaluation import train_self
 
     path = tmp_path_factory.mktemp("examples")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setenv("MASKDM_CACHE", str(path / "cache"))
         patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(path / "modules"))
-        patch.setattr("maskdm.evaluation.training.train_self", partial(train_self, steps=5))
         patch.setattr(sys.modules["maskdm.runs.compare"], "SLICES", 2)
         yield path
 

@@ -77,10 +77,9 @@ def test_images_are_those_of_the_command(run: maskdm.Run, tmp_path: Path, capfd:
     assert [a.tobytes() for a in alike] == [b.tobytes() for b in run.sample(2, labels="3", steps=2)]
 
 
-def test_pipeline_evaluate_and_export(run: maskdm.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_evaluate_and_export(run: maskdm.Run, tmp_path: Path) -> None:
     averaged, raw = (run.pipeline(weights).unet.state_dict() for weights in ("ema", "raw"))
     assert any(not averaged[name].equal(raw[name]) for name in raw)
-    monkeypatch.setattr("maskdm.evaluation.training.train_self", _in_few_steps())
     figures = run.evaluate(num=20, steps=2)
     assert figures["num_samples"] == 20 and figures == json.loads((run.path / "metrics.json").read_text())
     out = run.export(tmp_path / "model", licence="mit")
@@ -91,14 +90,6 @@ def test_pipeline_evaluate_and_export(run: maskdm.Run, tmp_path: Path, monkeypat
             Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / name / f"{number}.png")
     found = maskdm.evaluate_images(tmp_path / "a", tmp_path / "b", quiet=True)
     assert found["num_samples"] == 40 and found["frechet_distance"] > 0
-
-
-def _in_few_steps() -> Any:
-    from functools import partial
-
-    from maskdm.evaluation import train_self
-
-    return partial(train_self, steps=3)
 
 
 def test_settings_are_those_of_the_command_line() -> None:
