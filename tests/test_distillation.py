@@ -354,7 +354,7 @@ def test_samples_of_a_stage_are_drawn_in_its_steps() -> None:
 # --- the command ---
 
 SMALL = ["--threads", "1", "--precision", "fp32", "--tracking", "none", "--sampling.num", "4"]
-TINY = ["--model.width", "16", "--depth", "3", "--heads", "2", "--pretrain.budget.steps", "3", "--finetune.budget.steps", "3"]
+TINY = ["--model.width", "16", "--depth", "1", "--heads", "2", "--pretrain.budget.steps", "3", "--finetune.budget.steps", "3"]
 TRAIN = ["train", "digits", "--recipe", "digits", *SMALL, *TINY, "--pretrain.batch", "8", "--finetune.batch", "8", "--sampling.steps", "2"]
 
 

@@ -22,7 +22,7 @@ from maskdm.engine.ranks import Ranks, first_host, pieces_of
 
 STEPS = 50
 TRAIN = [
-    "train", "digits", "--recipe", "digits", "--model.width", "16", "--depth", "3", "--heads", "2", "--threads", "1", "--precision", "fp32",
+    "train", "digits", "--recipe", "digits", "--model.width", "16", "--depth", "1", "--heads", "2", "--threads", "1", "--precision", "fp32",
     "--pretrain.budget.minutes", "none", "--finetune.budget.minutes", "none", "--intervals.log", "1", "--intervals.save", "20",
     "--intervals.evaluate", "25", "--intervals.sample", "25", "--sampling.steps", "2", "--sampling.num", "5",
     "--pretrain.batch", "9", "--finetune.batch", "9", "--pretrain.budget.steps", "30", "--finetune.budget.steps", "20",

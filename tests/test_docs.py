@@ -27,7 +27,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_python_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MASKDM_CACHE", str(tmp_path / "cache"))
-    settings = ["--model.width", "16", "--depth", "3", "--heads", "2", "--threads", "1", "--sampling.steps", "2", "--sampling.num", "4"]
+    settings = ["--model.width", "16", "--depth", "1", "--heads", "2", "--threads", "1", "--sampling.steps", "2", "--sampling.num", "4"]
     steps = ["--pretrain.budget.steps", "2", "--finetune.budget.steps", "2"]
     assert run_command(["train", "digits", "--recipe", "digits", "--out", "runs/quickstart", *settings, *steps]) == 0
     photos()

@@ -19,7 +19,7 @@ from maskdm.engine.guard import LEAST, Sentry, healthy
 
 CPU = torch.device("cpu")
 TRAIN = [
-    "train", "digits", "--recipe", "digits", "--model.width", "16", "--depth", "3", "--heads", "2", "--threads", "1",
+    "train", "digits", "--recipe", "digits", "--model.width", "16", "--depth", "1", "--heads", "2", "--threads", "1",
     "--pretrain.budget.steps", "40", "--finetune.budget.steps", "4", "--pretrain.batch", "8", "--finetune.batch", "8",
     "--intervals.log", "1", "--intervals.save", "10", "--intervals.evaluate", "50", "--intervals.sample", "50",
     "--sampling.steps", "2", "--sampling.num", "4",

@@ -102,7 +102,7 @@ def test_the_ablation_has_the_authors_thirteen_masks() -> None:
 # --- trained, small, for a few steps ---
 
 TINY = [
-    "--model.width", "16", "--depth", "3", "--heads", "2", "--threads", "1", "--precision", "fp32", "--tracking", "none",
+    "--model.width", "16", "--depth", "1", "--heads", "2", "--threads", "1", "--precision", "fp32", "--tracking", "none",
     "--sampling.steps", "2", "--sampling.num", "4", "--ema.snapshots", "0",
 ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from maskdm.runs.store import load_pipeline, reconstruct_ema
 from maskdm.sampling import MaskDMPipeline
 
 TINY = [
-    "--model.width", "16", "--depth", "3", "--heads", "2", "--threads", "1", "--precision", "fp32",
+    "--model.width", "16", "--depth", "1", "--heads", "2", "--threads", "1", "--precision", "fp32",
     "--pretrain.budget.steps", "6", "--finetune.budget.steps", "4", "--pretrain.batch", "8", "--finetune.batch", "8",
     "--intervals.save", "2", "--intervals.evaluate", "5", "--intervals.sample", "5", "--sampling.steps", "2", "--sampling.num", "4",
 ]  # fmt: skip
