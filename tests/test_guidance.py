@@ -93,19 +93,21 @@ def test_every_task_is_nearer_by_every_method(name: str, method: Any) -> None:
         assert (led - truth)[..., :4].abs().max() < 0.02  # what is known is kept
 
 
-def test_costs_are_counted_and_the_cheap_method_never_goes_back_through_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_counted_and_who_needs_no_pass_back_makes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, truth = small(), torch.rand(2, 1, 8, 8) * 2 - 1
     cost: dict[str, Any] = {}
-    for method, steering in METHODS.items():
+    methods = METHODS | {"falling": Steering(through=False, repeats=3, falling=True, window=(0.02, 20.0), reuse=2)}
+    for method, steering in methods.items():
         guidance = Steered(Inpaint(truth, torch.ones(8, 8, dtype=torch.bool)), steering)
         with monkeypatch.context() as patch:
-            if method != "full":
+            if not steering.through:
                 patch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a pass back"))
             images(pipeline, guidance=guidance)
         cost[method] = guidance.cost
     assert (cost["full"].evaluations, cost["full"].backward) == (4 * 5 + 1, 4 * 5 + 1)  # six steps, the last once
     assert (cost["project"].evaluations, cost["project"].backward) == (6, 0)
-    assert 6 <= cost["cheap"].evaluations <= 12 and cost["cheap"].backward == 0
+    assert (cost["cheap"].evaluations, cost["cheap"].backward) == (2 * 4 + 2, 2)  # twice at four steps in the window, once at the others
+    assert 6 <= cost["falling"].evaluations <= 12 and cost["falling"].backward == 0
 
 
 def test_a_window_a_kept_correction_and_settings_that_do_not_fit() -> None:

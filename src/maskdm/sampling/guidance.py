@@ -111,15 +111,16 @@ class Steered:
         low, high = self.steering.window
         if not low <= float(sigma / alpha.clamp(min=1e-8)) <= high:
             return x, self._predict(x, predict)
-        loss: Tensor | None = None
+        loss: float | None = None
         for again in range(self.steering.repeats):
-            prediction, before = self._corrected(moment, x, predict)
+            prediction, found = self._corrected(moment, x, predict)
             last = again + 1 == self.steering.repeats or moment.after is None
-            if self.steering.falling and loss is not None:
-                last = last or bool(before.mean() > 0.9 * loss.mean())
+            if self.steering.falling and not last:
+                before, loss = loss, float(self.task.loss(found).mean())
+                last = before is not None and loss > 0.9 * before
             if last:
                 return x, prediction
-            x, loss = self._again(moment, x, prediction), before
+            x = self._again(moment, x, prediction)
         raise AssertionError("repeats is at least 1")
 
     def _predict(self, x: Tensor, predict: Predict) -> Prediction:
@@ -127,22 +128,22 @@ class Steered:
         return predict(x)
 
     def _corrected(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor]:
-        """The prediction moved towards the task, and the loss of what the network predicted [batch]."""
+        """The prediction moved towards the task, and the image that the network predicted."""
         if self._left > 0 and self._kept is not None:
             prediction = self._predict(x, predict)
             self._left -= 1
-            return self._at(moment, x, prediction.x0 + self._kept), self.task.loss(prediction.x0)
-        prediction, moved, loss = self._through(moment, x, predict) if self.steering.through else self._plain(x, predict)
+            return self._at(moment, x, prediction.x0 + self._kept), prediction.x0
+        prediction, moved = self._through(moment, x, predict) if self.steering.through else self._plain(x, predict)
         for _ in range(self.steering.steps):
             moved = torch.lerp(moved, self.task.step(moved), self.steering.strength)
         self._kept, self._left = moved - prediction.x0, self.steering.reuse - 1
-        return self._at(moment, x, moved), loss
+        return self._at(moment, x, moved), prediction.x0
 
-    def _plain(self, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor, Tensor]:
+    def _plain(self, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor]:
         prediction = self._predict(x, predict)
-        return prediction, prediction.x0, self.task.loss(prediction.x0)
+        return prediction, prediction.x0
 
-    def _through(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor, Tensor]:
+    def _through(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor]:
         """The gradient of the loss with respect to x_t, as a change of the predicted image.
 
         By Tweedie's formula a score g changes it by sigma^2 / alpha g; the score of what is known is the gradient over r^2, the variance
@@ -158,7 +159,7 @@ class Steered:
         self.cost.backward += 1
         found = Prediction(prediction.x0.detach(), prediction.eps.detach(), prediction.v.detach())
         factor = self.steering.strength * (alpha.square() + sigma.square() / self.steering.variance) / alpha.clamp(min=1e-3)
-        return found, found.x0 - factor[:, None, None, None].to(gradient) * gradient, loss.detach()
+        return found, found.x0 - factor[:, None, None, None].to(gradient) * gradient
 
     def _at(self, moment: Moment, x: Tensor, image: Tensor) -> Prediction:
         return convert(moment.schedule, "x0", image.clamp(-1, 1), x, moment.t.to(x).expand(len(x)))
