@@ -314,6 +314,9 @@ def test_a_run_that_is_gone_is_a_sentence(run: Path, tmp_path: Path) -> None:  #
     made = Service([run, tmp_path / "gone"])
     answers = Answers(made)
     outputs = len(answers.adapt("gone"))
+    (tmp_path / "gone" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        made.generate(Wish("gone"))
     shutil.rmtree(tmp_path / "gone")
     said = answers.adapt("gone")
     assert "is not there" in said[0] and len(said) == outputs and len(answers.adapt("run")) == outputs
