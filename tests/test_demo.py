@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,9 +27,10 @@ from starlette.testclient import TestClient
 from test_sample_command import TRAIN, picture, run  # noqa: F401 - the fixture
 
 from maskdm.cli import run_command
+from maskdm.demo.answers import Answers
 from maskdm.demo.api import Api
-from maskdm.demo.service import Drawn, Service
-from maskdm.demo.uploads import MOST_BYTES, read_mask
+from maskdm.demo.service import PICTURES, Drawn, Service
+from maskdm.demo.uploads import MOST_BYTES, open_layers, read_mask
 from maskdm.demo.wishes import Wish
 from maskdm.demo.work import Busy, Job, Stopped, Worker
 from maskdm.errors import UserError
@@ -138,6 +140,8 @@ def test_what_the_masked_stage_saw(service: Service) -> None:
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"labels": ("eleven",)}, "'eleven' is no class of this model"),
         ({"labels": ("1",) * 100}, "labels are too many"),
+        ({"labels": ("3:1e308+8:1e308",)}, "add up to no number"),
+        ({"seed": 10**400}, r"seed is 1000000000\d*\.\.\.; give"),
         ({"model": "walk"}, "'walk' is no model here, which are run"),
     ],
 )
@@ -187,6 +191,29 @@ def test_runs_on_latents_are_not_inpainted(service: Service, monkeypatch: pytest
     monkeypatch.setattr(service.shelf, "traits", lambda name: traits)
     with pytest.raises(UserError, match="draws latents, whose pixels are not known"):
         service.inpaint(Wish(), digit(0), [])
+
+
+def test_masks_are_looked_at_before_they_are_decoded(service: Service, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    settings = RunDirectory(run).config().data
+    for name, content, words in (
+        ("large.png", bomb(9000, 9000), "too many pixels"), ("cut.png", bomb(20, 20), "cannot be read"), ("x.png", b"x", "cannot be read"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            read_mask(open_layers([tmp_path / name]), settings)
+    (tmp_path / "large.png").write_bytes(bomb(5000, 5000))
+    with pytest.raises(UserError, match="too many pixels"):
+        read_mask(open_layers([tmp_path / "large.png"] * 3), settings)
+    with pytest.raises(UserError, match="not there any more"):
+        service.upload(None, tmp_path / "gone.png")
+
+
+def test_pictures_on_the_way_are_so_many_at_most(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(Job, "due", True)
+    monkeypatch.setattr(Job, "show", lambda self, text, images=None: seen.extend([text] if images is not None else []))
+    service.generate(Wish(num=4, steps=200)).result()
+    assert PICTURES - 2 <= len(seen) <= PICTURES and seen[0] == "step 1 of 200"
 
 
 # --- one at a time ---
@@ -246,7 +273,55 @@ def test_a_failure_is_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
     worker.close()
 
 
+# --- what the page asks ---
+
+
+def asked(service: Service, event: str, *given: Any) -> list[Any]:
+    """All that a handler of the page answers."""
+    answered = getattr(Answers(service), event)(*given, gr.Request(session_hash="test"))
+    return list(answered)
+
+
+def test_the_command_on_the_page_draws_the_same(service: Service) -> None:
+    said = asked(service, "generate", "run", 2, ["3"], 1, 2, None, 1)[-1][1]
+    assert "--guidance 1.0 --labels 3" in said  # the run's own may be another
+    assert "maskdm sample" not in asked(service, "generate", "run, end of pretrain", 2, [], 1, 2, None, None)[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("event", "given", "words"),
+    [
+        ("generate", ("run", 100, [], 0, 2, None, None), "num is 100; give 1 to 64"),
+        ("generate", ("run", 2, [], float("nan"), 2, None, None), "seed is not a whole number"),
+        ("generate", ("run", 2, "3", 0, 2, None, None), "labels is not a list"),
+        ("generate", ({"a": 1}, 2, [], 0, 2, None, None), "model is not a text"),
+        ("inpaint", ("run", np.zeros((1, 8, 8), dtype=np.uint8), {"layers": [{"path": "/no"}]}, 2, [], 0, 2, None, None), "cannot be read"),
+        ("morph", ("run", 3, 0, None, float("inf"), None, 2, None, None), "the last seed is not a whole number"),
+        ("masks", ("run", 7, 0, 0), "the stage is not a text"),
+        ("nearest", ([], None, 0), "generate something first"),
+    ],
+)
+def test_what_no_page_of_ours_sends_is_a_sentence(event: str, given: tuple[Any, ...], words: str, service: Service) -> None:
+    last = asked(service, event, *given)[-1]
+    assert words in last[1] and 'class="wrong"' in last[1]
+
+
 # --- runs ---
+
+
+def test_a_run_that_is_gone_is_a_sentence(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    shutil.copytree(run, tmp_path / "gone")
+    made = Service([run, tmp_path / "gone"])
+    answers = Answers(made)
+    outputs = len(answers.adapt("gone"))
+    (tmp_path / "gone" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        made.generate(Wish("gone"))
+    shutil.rmtree(tmp_path / "gone")
+    said = answers.adapt("gone")
+    assert "is not there" in said[0] and len(said) == outputs and len(answers.adapt("run")) == outputs
+    assert answers.adapt_compared("gone") == gr.skip() and "ready" in answers.refresh()[0]
+    made.close()
 
 
 def test_a_run_that_trains_is_followed(run: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -352,6 +427,8 @@ def test_the_api_gives_images_and_what_was_used(client: TestClient, service: Ser
         ('{"guidance": 1e999}', "guidance is inf"),
         ('{"seed": 1e3}', "seed is not a whole number"),
         ('{"scheduler": "x"}', "scheduler 'x' is none of"),
+        ('{"guidance": 1' + "0" * 400 + "}", "guidance is inf; give"),
+        ('{"labels": ["\\ud800"]}', "'\\?' is no class"),
     ],
 )
 def test_bad_requests_are_400_and_a_sentence(body: str, sentence: str, client: TestClient) -> None:

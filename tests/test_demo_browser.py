@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,3 +170,33 @@ def test_nothing_reaches_past_a_telephone(tab: Tab) -> None:
         assert tab.ask("document.documentElement.scrollWidth") <= 390
     light = tab.ask("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((sum, part) => sum + Number(part), 0) > 384")
     assert not light
+
+
+# --- what no page of ours sends ---
+
+
+def post(url: str, body: bytes) -> tuple[int, bytes]:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def test_nobody_names_files_of_this_machine(address: str) -> None:
+    with urllib.request.urlopen(address + "config", timeout=PATIENCE) as answer:
+        number = next(each["id"] for each in json.load(answer)["dependencies"] if each["targets"][0][1] == "upload")
+    for path in ("/etc/hostname", "http://127.0.0.1:9/x.png", "/dev/zero"):
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        asked = {"data": ["run", file], "fn_index": number, "session_hash": "hostile"}
+        assert post(address + "gradio_api/queue/join", json.dumps(asked).encode())[0] == 200
+        with urllib.request.urlopen(address + "gradio_api/queue/data?session_hash=hostile", timeout=PATIENCE) as answer:
+            assert b"this is no request of this page's" in answer.read()
+
+
+def test_requests_are_bounded(address: str) -> None:
+    large = b'{"data": ["' + b"a" * (22 << 20) + b'"], "fn_index": 0, "session_hash": "hostile"}'
+    assert post(address + "gradio_api/queue/join", large)[0] in (400, 413)
+    assert post(address + "gradio_api/component_server", b"{}")[0] == 404

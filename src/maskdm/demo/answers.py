@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from maskdm.demo.masks import masked_stages
 from maskdm.demo.service import Drawn, Service
 from maskdm.demo.shown import canvas, captions_of, classes_of, command_of, sentence, tiles, used_in_words
-from maskdm.demo.wishes import Wish
+from maskdm.demo.uploads import open_layers
+from maskdm.demo.wishes import MOST_SEED, Wish, checked, wish_of
 from maskdm.demo.work import Job, Stopped
 from maskdm.errors import UserError
 from maskdm.pictures import grid
@@ -55,8 +56,14 @@ class Answers:
             f"{height} x {width} {kind}, {classes}{', drawn as latents' if traits.latent else ''}; {self.service.shelf.find(name).run}"
         )
 
-    def adapt(self, name: str) -> list[Any]:
+    def adapt(self, name: Any) -> list[Any]:
         """A sentence, the stages, and the controls that follow the network: of Generate, Inpaint and Morph."""
+        try:
+            return self._adapted(_text(name, "the network"))
+        except UserError as error:  # the run may be gone
+            return [sentence(str(error), wrong=True), *[SAME] * 14]
+
+    def _adapted(self, name: str | None) -> list[Any]:
         traits, stages = self.service.shelf.traits(name), self.stages(name)
         labels = gr.update(choices=list(traits.classes), value=[], visible=bool(traits.classes))
         ends = gr.update(choices=list(traits.classes), value=next(iter(traits.classes), None), visible=bool(traits.classes))
@@ -68,9 +75,12 @@ class Answers:
         stage = gr.update(choices=stages, value=next(iter(stages), None))
         return [self.about(name), stage, labels, *settings, labels, *settings, ends, ends, *settings]
 
-    def adapt_compared(self, name: str) -> Any:
+    def adapt_compared(self, name: Any) -> Any:
         """The classes of the first of two networks."""
-        classes = self.service.shelf.traits(name).classes
+        try:
+            classes = self.service.shelf.traits(_text(name, "the network")).classes
+        except UserError:  # which is said when they are compared
+            return SAME
         return gr.update(choices=list(classes), value=[], visible=bool(classes))
 
     def refresh(self) -> list[Any]:
@@ -80,58 +90,58 @@ class Answers:
     # --- drawing ---
 
     def generate(
-        self, model: str, num: float, labels: list[str], seed: float, steps: float, scheduler: str, guidance: float, request: gr.Request
+        self, model: Any, num: Any, labels: Any, seed: Any, steps: Any, scheduler: Any, guidance: Any, request: gr.Request
     ) -> Updates:
         """Gallery, sentence, the images, the chosen one's number."""
-        wanted = tuple(labels or ())
 
         def done(drawn: Drawn) -> tuple[Any, ...]:
-            run = self.service.shelf.find(model).run
-            said = f"{used_in_words(drawn.used)} The same by command: {command_of(run, drawn.used, wanted)}"
+            found, said = self.service.shelf.find(drawn.used["model"]), used_in_words(drawn.used)
+            if found.checkpoint is None:  # which is what `maskdm sample` takes
+                said += f" The same by command: {command_of(found.run, drawn.used, tuple(map(str, labels or ())))}"
             return _gallery(drawn.images), sentence(said), drawn.images, 0
 
         yield from self._follow(
-            lambda: self.service.generate(_wish(model, num, wanted, seed, steps, scheduler, guidance)), done, request, 4
+            lambda: self.service.generate(_wish(model, num, labels, seed, steps, scheduler, guidance)), done, request, 4
         )
 
     def inpaint(
-        self, model: str, known: Any, painted: Any, num: float, labels: list[str], seed: float, steps: float, scheduler: str,
-        guidance: float, request: gr.Request,
+        self, model: Any, known: Any, painted: Any, num: Any, labels: Any, seed: Any, steps: Any, scheduler: Any, guidance: Any,
+        request: gr.Request,
     ) -> Updates:  # fmt: skip
         """Gallery, sentence."""
 
         def begin() -> Job[Drawn]:
             if known is None:
                 raise UserError("there is no image yet: upload one, or take one from Generate")
-            wish = _wish(model, num, tuple(labels or ()), seed, steps, scheduler, guidance)
-            return self.service.inpaint(wish, known, (painted or {}).get("layers") or [])
+            wish = _wish(model, num, labels, seed, steps, scheduler, guidance)
+            return self.service.inpaint(wish, known, open_layers([Path(each["path"]) for each in (painted or {}).get("layers") or []]))
 
         yield from self._follow(begin, lambda drawn: (_gallery(drawn.images), sentence(used_in_words(drawn.used))), request, 2)
 
     def morph(
-        self, model: str, num: float, seed: float, first: str | None, end: float, last: str | None, steps: float, scheduler: str,
-        guidance: float, request: gr.Request,
+        self, model: Any, num: Any, seed: Any, first: Any, end: Any, last: Any, steps: Any, scheduler: Any, guidance: Any,
+        request: gr.Request,
     ) -> Updates:  # fmt: skip
         """Gallery, sentence, the way as a GIF."""
-        wanted = tuple(each for each in (first or last, last or first) if each)
+        wanted = [each for each in (first or last, last or first) if each]
 
         def begin() -> Job[Drawn]:
-            return self.service.morph(_wish(model, num, wanted, seed, steps, scheduler, guidance), _whole(end, "the last seed") or 0)
+            return self.service.morph(_wish(model, num, wanted, seed, steps, scheduler, guidance), _whole(end, "the last seed"))
 
         def done(drawn: Drawn) -> tuple[Any, ...]:
             number, path = tempfile.mkstemp(suffix=".gif", dir=os.environ.get("GRADIO_TEMP_DIR"))
             os.close(number)
             save_gif([grid(image[None], columns=1, tile=256) for image in drawn.images], Path(path))
-            return _gallery(drawn.images), sentence(f"To seed {int(end or 0)}. {used_in_words(drawn.used)}"), path
+            return _gallery(drawn.images), sentence(f"To seed {end or 0}. {used_in_words(drawn.used)}"), path
 
         yield from self._follow(begin, done, request, 3)
 
     def compare(
-        self, one: str, other: str, num: float, labels: list[str], seed: float, steps: float, scheduler: str, guidance: float,
+        self, one: Any, other: Any, num: Any, labels: Any, seed: Any, steps: Any, scheduler: Any, guidance: Any,
         request: gr.Request,
     ) -> Updates:  # fmt: skip
         """Two galleries, a sentence: first the one network draws, then the other."""
-        wanted, words = tuple(labels or ()), ""
+        words = ""
         yield gr.update(value=[]), gr.update(value=[]), sentence("begins")
         for side, model in enumerate((one, other)):
             last: tuple[Any, ...] = (SAME, SAME)
@@ -142,7 +152,7 @@ class Answers:
                 return _gallery(drawn.images), sentence(words)
 
             before = words
-            wish = (model, num, wanted, seed, steps, scheduler, guidance)
+            wish = (model, num, labels, seed, steps, scheduler, guidance)
             for last in self._follow(lambda wish=wish: self.service.generate(_wish(*wish)), done, request, 2):
                 yield (SAME, *last) if side else (last[0], SAME, last[1])
             if words == before:  # stopped, or refused
@@ -190,7 +200,7 @@ class Answers:
         """The number of the image that was clicked on."""
         return event.index if isinstance(event.index, int) else 0
 
-    def take(self, model: str, drawn: Any, chosen: int) -> tuple[Any, ...]:
+    def take(self, model: Any, drawn: Any, chosen: int) -> tuple[Any, ...]:
         """An image that was drawn, to be painted on: itself, the editor's, a sentence, the tab."""
         image = _chosen(drawn, chosen)
         if image is None:
@@ -202,24 +212,24 @@ class Answers:
             gr.Tabs(selected="inpaint"),
         )
 
-    def upload(self, model: str, path: str | None) -> tuple[Any, ...]:
+    def upload(self, model: Any, file: Any) -> tuple[Any, ...]:
         """An image from outside, to be painted on: itself, the editor's, a sentence."""
         try:
-            if path is None:
+            if file is None:
                 raise UserError("no file came; choose one")
-            image = self.service.upload(model, Path(path))
+            image = self.service.upload(_text(model, "the network"), Path(file["path"]))
         except UserError as error:
             return SAME, SAME, sentence(str(error), wrong=True)
         return image, canvas(image), sentence("uploaded, and brought to the network's size: paint over what is to be drawn anew")
 
-    def nearest(self, model: str, drawn: Any, chosen: int, request: gr.Request) -> Updates:
+    def nearest(self, model: Any, drawn: Any, chosen: int, request: gr.Request) -> Updates:
         """Gallery, sentence."""
 
         def begin() -> Job[Any]:
             image = _chosen(drawn, chosen)
             if image is None:
                 raise UserError("generate something first, and click on an image")
-            return self.service.nearest(model, image)
+            return self.service.nearest(_text(model, "the network"), image)
 
         def done(found: Any) -> tuple[Any, ...]:
             said = f"Image {chosen}. {found.verdict} In order: {', '.join(found.names)}."
@@ -227,11 +237,16 @@ class Answers:
 
         yield from self._follow(begin, done, request, 2)
 
-    def masks(self, model: str, stage: str | None, number: float, seed: float, request: gr.Request) -> Updates:
+    def following(self, number: Any) -> Any:
+        """The number after one that is shown; what is none is left to be complained of."""
+        return (number or 0) + 1 if isinstance(number or 0, int) and (number or 0) < MOST_SEED else SAME
+
+    def masks(self, model: Any, stage: Any, number: Any, seed: Any, request: gr.Request) -> Updates:
         """Gallery, sentence."""
 
         def begin() -> Job[Any]:
-            return self.service.masks(model, stage or None, _whole(number, "the image's number") or 0, _whole(seed, "the seed") or 0)
+            names = _text(model, "the network"), _text(stage, "the stage")
+            return self.service.masks(*names, _whole(number, "the image's number"), _whole(seed, "the seed"))
 
         def done(masked: Any) -> tuple[Any, ...]:
             return _gallery(masked.images, ["image", *["seen"] * (len(masked.images) - 1)]), sentence(
@@ -249,18 +264,17 @@ def _chosen(drawn: Any, number: int) -> NDArray[np.uint8] | None:
     return None if drawn is None or not 0 <= number < len(drawn) else drawn[number]
 
 
-def _whole(value: float | None, name: str) -> int | None:
-    """A whole number from a field. Raises UserError."""
-    if value is None:
-        return None
-    if value != int(value):
-        raise UserError(f"{name} is {value:g}; give a whole number")
-    return int(value)
+def _whole(value: Any, name: str) -> int:
+    """A whole number from a field, 0 where that is empty. Raises UserError."""
+    return 0 if value is None else checked(value, name, int)
 
 
-def _wish(
-    model: str, num: float, labels: tuple[str, ...], seed: float | None, steps: float | None, scheduler: str | None, guidance: float | None
-) -> Wish:
+def _text(value: Any, name: str) -> str | None:
+    """What was chosen in a list. Raises UserError."""
+    return checked(value, name, str) if value else None
+
+
+def _wish(model: Any, num: Any, labels: Any, seed: Any, steps: Any, scheduler: Any, guidance: Any) -> Wish:
     """What the controls ask for; an empty one as the run has it. Raises UserError."""
-    asked = None if guidance is None else float(guidance)
-    return Wish(model, _whole(num, "num") or 0, labels, _whole(seed, "seed") or 0, _whole(steps, "steps"), scheduler or None, asked)
+    given = {"model": model, "num": num, "labels": labels, "seed": seed, "steps": steps, "scheduler": scheduler or None}
+    return wish_of(given | {"guidance": guidance})

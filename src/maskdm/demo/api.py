@@ -12,18 +12,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from maskdm.demo.service import Drawn, Service
-from maskdm.demo.wishes import Wish
+from maskdm.demo.wishes import Wish, wish_of
 from maskdm.demo.work import Busy, Job, Stopped
-from maskdm.errors import UserError, nearest
+from maskdm.errors import UserError
 from maskdm.pictures import to_pil
 
 MOST_BODY = 1 << 16
 """Bytes of a request."""
-
-KINDS: dict[str, tuple[type, ...]] = {
-    "model": (str,), "num": (int,), "labels": (list,), "seed": (int,), "steps": (int,), "scheduler": (str,), "guidance": (int, float),
-}  # fmt: skip
-WORDS = {str: "a text", int: "a whole number", list: "a list of classes, by name or number", float: "a number"}
 
 POLL = 0.1
 """Seconds between two looks at whether whoever asked is still there."""
@@ -77,7 +72,8 @@ def _png(image: Any) -> str:
 
 
 def _refused(sentence: str, status: int = 400) -> JSONResponse:
-    return JSONResponse({"error": " ".join(sentence.split())}, status)
+    said = " ".join(sentence.split())
+    return JSONResponse({"error": said.encode("utf-8", "replace").decode()}, status)  # halves of characters, quoted, cannot be sent
 
 
 def parse_wish(body: bytes) -> Wish:
@@ -88,19 +84,4 @@ def parse_wish(body: bytes) -> Wish:
         raise UserError("the request is no JSON") from None
     if not isinstance(given, dict):
         raise UserError('the request is no JSON object; give one such as {"num": 4, "seed": 1}')
-    values: dict[str, Any] = {}
-    for key, value in given.items():
-        if key not in KINDS:
-            raise UserError(f"'{key[:100]}' is no field; there are {', '.join(KINDS)}{nearest(key[:100], list(KINDS))}")
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, KINDS[key]):
-            raise UserError(f"{key} is not {WORDS[KINDS[key][-1]]}")
-        values[key] = value
-    if "labels" in values:
-        if not all(isinstance(each, str | int) and not isinstance(each, bool) for each in values["labels"]):
-            raise UserError(f"labels is not {WORDS[list]}")
-        values["labels"] = tuple(str(each) for each in values["labels"])
-    if "guidance" in values:
-        values["guidance"] = float(values["guidance"])
-    return Wish(**values)
+    return wish_of(given)

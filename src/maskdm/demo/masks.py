@@ -69,6 +69,7 @@ def _kept(mask: Mask, config: Config, seed: int) -> torch.Tensor | None:
 def _words(stage: Stage, config: Config) -> str:
     down, across = config.grid
     share, patches = hidden_rate(stage.mask, config.grid), f"{down} x {across} patches of {config.model.side} x {config.model.side}"
+    patches += " latents" if config.data.autoencoder is not None else ""
     match stage.mask:
         case RouteMask(ratio=ratio):
             return f"Stage {stage.name}: all of the {patches} enter, and {ratio:.0%} of them, gray here, pass by the inner blocks."

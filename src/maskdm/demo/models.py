@@ -86,7 +86,7 @@ class Shelf:
             if model.name == name:
                 return model
         names = [model.name for model in known]
-        raise UserError(f"'{name[:100]}' is no model here, which are {', '.join(names)}{nearest(name[:100], names)}")
+        raise UserError(f"'{name[:100]}' is no model here, which are {'; '.join(names)}{nearest(name[:100], names)}")
 
     def run(self, name: str | None) -> RunDirectory:
         """The run of a network. Raises UserError."""

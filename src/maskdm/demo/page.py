@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from maskdm.demo.answers import Answers
 from maskdm.demo.masks import VIEWS
@@ -14,12 +17,39 @@ from maskdm.demo.service import Service
 from maskdm.demo.style import CSS, HEAD, theme
 from maskdm.demo.uploads import MOST_BYTES
 from maskdm.demo.wishes import MOST_IMAGES
+from maskdm.errors import UserError
 
 AT_ONCE, QUEUED = 16, 64
 """Of gradio's own queue: the worker has a shorter one, which says so in a sentence."""
 
-UNSEEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""For all events: what they do is said in words, and they are no API."""
+UNSEEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
+"""For all events: what they do is said in words, and they are no API. What comes in is looked at by `Answers` alone, which says in a
+sentence what is wrong with it; gradio would decode pictures first, however large they are, and print tracebacks."""
+
+
+class Page(gr.Blocks):
+    """Takes of a browser's files what it has uploaded, and no others.
+
+    Gradio itself, mounted in an application, would copy whatever file of this machine a request names, and fetch what address it names.
+    """
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False) -> Any:
+        """What a handler is called with. Raises gr.Error, in a sentence, for what no page of ours sends."""
+        try:
+            folder = Path(get_upload_folder()).resolve()
+            if not all(Path(path).resolve().is_relative_to(folder) for path in _paths(inputs)):
+                raise UserError("a file that was not uploaded")
+            return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+        except Exception as error:
+            raise gr.Error("this is no request of this page's; load it again", print_exception=False) from error
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Of all files that are named in JSON."""
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _paths(each)
+    if isinstance(value, dict) and "path" in value:
+        yield str(value["path"])
 
 
 @dataclass(frozen=True)
@@ -55,7 +85,7 @@ def mount(app: Any, service: Service) -> Any:
 def build(service: Service) -> gr.Blocks:
     """The page."""
     answers = Answers(service)
-    with gr.Blocks(title="maskdm demo", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=False) as blocks:
+    with Page(title="maskdm demo", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=False) as blocks:
         names = answers.names()
         with gr.Row(elem_classes="head"):
             with gr.Column(scale=2, min_width=240):
@@ -221,5 +251,5 @@ def _masks(answers: Answers, model: Any) -> Any:
     show: dict[str, Any] = {"fn": answers.masks, "inputs": [model, stage, number, seed], "outputs": [gallery, said], **UNSEEN}
     go.click(**show)
     for button, which in others:
-        button.click(lambda value: (value or 0) + 1, [which], [which], **UNSEEN).then(**show)
+        button.click(answers.following, [which], [which], **UNSEEN).then(**show)
     return stage

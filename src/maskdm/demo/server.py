@@ -16,7 +16,14 @@ from types import FrameType
 from typing import Any
 
 from maskdm.demo.service import Service
+from maskdm.demo.uploads import MOST_BYTES
 from maskdm.errors import UserError
+
+MOST_BODY = MOST_BYTES + (1 << 20)
+"""Bytes of any request: an upload, and what is around it."""
+
+UNUSED = "/component_server"
+"""Where gradio takes pictures of its editor by another way than our page's, as many and as large as anyone sends, into memory."""
 
 LINGER = 2
 """Seconds that open connections have when the demo is stopped."""
@@ -90,21 +97,37 @@ def _loopback(host: str) -> bool:
 
 
 class _Policy:
-    """Sends POLICY with every answer."""
+    """Sends POLICY with every answer, and takes no more than an upload may have."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from starlette.requests import ClientDisconnect
+        from starlette.responses import JSONResponse
+
+        taken, begun = 0, False
+
+        async def received() -> Any:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            return message if taken <= MOST_BODY else {"type": "http.disconnect"}
 
         async def sent(message: Any) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message["headers"] = [*message.get("headers", []), (b"content-security-policy", POLICY.encode())]
             await send(message)
 
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith(UNUSED):
+            await JSONResponse({"error": "there is no such thing here"}, 404)(scope, received, sent)
+            return
         with suppress(ClientDisconnect):  # whoever leaves while a file comes in is no error
-            await self._app(scope, receive, sent)
+            await self._app(scope, received, sent)
+        if taken > MOST_BODY and not begun:
+            await JSONResponse({"error": f"the request has more than {MOST_BODY >> 20} MiB"}, 413)(scope, receive, sent)
 
 
 def _run(app: Any, listener: socket.socket, service: Service) -> None:

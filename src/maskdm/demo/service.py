@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import maskdm
-from maskdm.config import Hardware, Sampling
+from maskdm.config import Data, Hardware, Sampling
 from maskdm.data import Dataset, to_model_range, to_uint8
 from maskdm.demo.masks import Masked, masked
 from maskdm.demo.models import Opened, Shelf
@@ -38,6 +38,9 @@ from maskdm.sampling.tasks import Inpaint
 Images = NDArray[np.uint8]
 """[n, channels, height, width]."""
 
+PICTURES = 24
+"""Of a computation on its way, at most: each is a file per image, and of latents has to be decoded."""
+
 GRAY = 127
 """What stands for an image that is not begun."""
 
@@ -56,22 +59,22 @@ class Drawn:
 class Live(Film):
     """Shows images on their way from noise, and stops them where that was asked for."""
 
-    def __init__(self, job: Job[Drawn], pipeline: maskdm.MaskDMPipeline, num: int) -> None:
+    def __init__(self, job: Job[Drawn], pipeline: maskdm.MaskDMPipeline, data: Data, num: int) -> None:
         super().__init__()
-        self._job, self._pipeline = job, pipeline
-        side = 1 if pipeline.vae is None else 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
-        height, width = (side * each for each in pipeline.unet.size)
-        channels = pipeline.unet.config["in_channels"] if pipeline.vae is None else pipeline.vae.config["out_channels"]
-        self._images = np.full((num, channels, height, width), GRAY, dtype=np.uint8)
+        self._job, self._pipeline, self._next = job, pipeline, 0
+        self._images = np.full((num, data.channels, *data.image_size), GRAY, dtype=np.uint8)
 
     def take(self, numbers: Sequence[int], step: int, x: Tensor) -> None:
         """Show what these images are after a step; where the noise is larger than the image, scaled."""
         self._job.check()
-        if self._job.due:
+        steps = len(self._pipeline.scheduler.timesteps)
+        past = numbers[0] * steps + step * len(numbers)  # steps of single images
+        if self._job.due and past >= self._next:
+            self._next = past + len(self._images) * steps / PICTURES
             x = self._pipeline.to_pixels(x.float())
             self._images[list(numbers)] = to_uint8(x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)).cpu().numpy()
             what = "" if len(numbers) == len(self._images) else f", images {numbers[0] + 1} to {numbers[-1] + 1} of {len(self._images)}"
-            self._job.show(f"step {step + 1} of {len(self._pipeline.scheduler.timesteps)}{what}", self._images.copy())
+            self._job.show(f"step {step + 1} of {steps}{what}", self._images.copy())
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Service:
         pipeline, settings = opened.pipeline, sampling_settings(opened.config, _request(wish))
         pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
         chosen = choose_labels(pipeline.config["class_names"], labels, wish.num, wishes.between)
-        film = Live(job, pipeline, wish.num)
+        film = Live(job, pipeline, opened.config.data, wish.num)
         asked = Way(wishes.between, film=film, seeds=wishes.seeds) if isinstance(wishes, Way) else Wishes(film=film)
         precision = this_machine(Hardware()).precision
         images = draw_images(pipeline, settings, range(wish.num), chosen, wish.seed, precision, wishes=asked, num=wish.num)
@@ -171,7 +174,7 @@ class Service:
         pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.config["schedule"], pipeline.config["target"])
         whole = to_model_range(torch.from_numpy(image)[None]).to(machine.device)
         task = Inpaint(whole, torch.from_numpy(~hidden).to(machine.device))
-        film, numbers = Live(job, pipeline, wish.num), range(wish.num)
+        film, numbers = Live(job, pipeline, opened.config.data, wish.num), range(wish.num)
         asked = Asked(task, task.invert(task.known))
         drawn, _ = draw_task(request, pipeline, settings, asked, machine, lambda step, x: film.take(numbers, step, x))
         return Drawn(to_uint8(drawn).cpu().numpy(), _used(opened, wish, settings, list(wish.labels) or None, time.perf_counter() - started))

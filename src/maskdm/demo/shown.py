@@ -53,9 +53,9 @@ def used_in_words(used: dict[str, Any]) -> str:
 
 
 def command_of(run: Path, used: dict[str, Any], labels: tuple[str, ...]) -> str:
-    """The command that draws the same images."""
+    """The command that draws the same images; the guidance is named even where it is 1, as the run's own may be another."""
     words = ["maskdm", "sample", str(run), "--num", str(used["num"]), "--seed", str(used["seed"]), "--steps", str(used["steps"])]
-    words += ["--scheduler", used["scheduler"], *([] if used["guidance"] == 1 else ["--guidance", f"{used['guidance']:g}"])]
+    words += ["--scheduler", used["scheduler"], "--guidance", str(used["guidance"])]
     return shlex.join([*words, *(["--labels", *labels] if labels else []), "--out", "drawn"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ COVERED = 0.25
 
 def read_upload(path: Path, settings: Data) -> NDArray[np.uint8]:
     """An uploaded image [channels, height, width] as a run takes it. Raises UserError."""
+    if not path.is_file():
+        raise UserError("the upload is not there any more; give it again")
     if path.stat().st_size > MOST_BYTES:
         raise UserError(f"the upload has more than {MOST_BYTES >> 20} MiB; give a smaller image")
     width, height = _size(path)
@@ -43,14 +46,25 @@ def _size(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
-def read_mask(layers: list[Image.Image], settings: Data) -> NDArray[np.bool_]:
+def open_layers(paths: Sequence[Path]) -> list[Image.Image]:
+    """What was painted, of which no pixel is decoded yet. Raises UserError."""
+    try:
+        return [open_image(path) for path in paths]
+    except Exception:  # as above
+        raise UserError("the mask cannot be read as an image; paint it again") from None
+
+
+def read_mask(layers: Sequence[Image.Image], settings: Data) -> NDArray[np.bool_]:
     """Where strokes cover an image [height, width], from what was painted on transparent layers of any size. Raises UserError."""
     height, width = settings.image_size
     covered = np.zeros((height, width), dtype=np.bool_)
+    if sum(layer.width * layer.height for layer in layers) > MOST_PIXELS:
+        raise UserError("the mask has too many pixels; paint on the image that is shown")
     for layer in layers:
-        if layer.width * layer.height > MOST_PIXELS:
-            raise UserError("the mask has too many pixels; paint on the image that is shown")
-        alpha = layer.convert("RGBA").getchannel("A")
+        try:
+            alpha = layer.convert("RGBA").getchannel("A")
+        except Exception:
+            raise UserError("the mask cannot be read as an image; paint it again") from None
         share = np.asarray(alpha.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
         covered |= share >= COVERED
     if not covered.any():

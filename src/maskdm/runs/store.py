@@ -56,7 +56,11 @@ def save_checkpoint(run: RunDirectory, trainer: Trainer, meter: Mapping[str, Any
 
 def class_names(path: Path) -> list[str]:
     """Names of the classes that a run's network knows; none where it is unconditional."""
-    return RunDirectory.existing(path).info()["data"]["classes"]
+    run = RunDirectory.existing(path)
+    try:
+        return run.info()["data"]["classes"]
+    except (KeyError, TypeError):
+        raise UserError(f"{run.run_file} is damaged: it names no classes; restore it or train into a new directory") from None
 
 
 def load_denoiser(path: Path, weights: Weights) -> tuple[Denoiser, dict[str, Tensor], str]:

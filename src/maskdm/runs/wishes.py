@@ -120,8 +120,8 @@ def parse_label(names: Sequence[str], text: str) -> Weights:
             )
         found[number] = found.get(number, 0.0) + share
     total = sum(found.values())
-    if abs(total) < 1e-6:
-        raise UserError(f"the weights of '{text}' add up to nothing")
+    if not 1e-6 <= abs(total) < float("inf"):
+        raise UserError(f"the weights of '{text}' add up to {'nothing' if abs(total) < 1e-6 else 'no number'}")
     return {number: weight / total for number, weight in found.items()}
 
 
