@@ -68,7 +68,8 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list
 
 
 def lines(out: Path, event: str = "train") -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    written = (out / "metrics.jsonl").read_text()
+    found = [json.loads(line) for line in written[: written.rfind("\n") + 1].splitlines()]  # the last line may be half there
     return [line for line in found if line["event"] == event]
 
 

@@ -2,8 +2,8 @@
 
 At each step the predicted image is moved towards the task: by the gradient through the network (arXiv 2209.14687, 2302.07121; of a linear
 task PiGDM's), by the task's own step alone, or by both; steps may be repeated after noise was put back (self-recurrence, 2302.07121,
-algorithm 1). What is cheap of this (2312.13253): no pass back through the network, noise levels at which it matters alone, a correction
-kept for some steps, repeats only while they help.
+algorithm 1). What makes it cheap (2312.13253): a correction kept for some evaluations, noise levels at which it matters alone, no pass
+back through the network, repeats only while they help.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ Method = Literal["full", "cheap", "project"]
 
 METHODS: dict[Method, Steering] = {
     "full": Steering(through=True, steps=2, repeats=4),
-    "cheap": Steering(through=False, steps=1, repeats=3, falling=True, window=(0.02, 20.0), reuse=2),
+    "cheap": Steering(through=True, steps=2, repeats=3, window=(0.02, 20.0), reuse=4),
     "project": Steering(through=False, steps=1),
 }
-"""full: universal guidance; cheap: arXiv 2312.13253; project: of a linear task the null-space method (arXiv 2212.00490)."""
+"""full: universal guidance; cheap: with a pass back through the network in every fourth evaluation (docs/editing.md); project: of a linear
+task the null-space method (arXiv 2212.00490)."""
 
 
 @dataclass
