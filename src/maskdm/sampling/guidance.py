@@ -80,10 +80,10 @@ Method = Literal["full", "cheap", "project"]
 
 METHODS: dict[Method, Steering] = {
     "full": Steering(through=True, steps=2, repeats=4),
-    "cheap": Steering(through=True, steps=2, repeats=3, window=(0.02, 20.0), reuse=4),
+    "cheap": Steering(through=True, steps=2, repeats=3, window=(0.02, 20.0), reuse=6),
     "project": Steering(through=False, steps=1),
 }
-"""full: universal guidance; cheap: with a pass back through the network in every fourth evaluation (docs/editing.md); project: of a linear
+"""full: universal guidance; cheap: with a pass back through the network in every sixth evaluation (docs/editing.md); project: of a linear
 task the null-space method (arXiv 2212.00490)."""
 
 
