@@ -106,7 +106,7 @@ def test_costs_are_counted_and_who_needs_no_pass_back_makes_none(monkeypatch: py
         cost[method] = guidance.cost
     assert (cost["full"].evaluations, cost["full"].backward) == (4 * 5 + 1, 4 * 5 + 1)  # six steps, the last once
     assert (cost["project"].evaluations, cost["project"].backward) == (6, 0)
-    assert (cost["cheap"].evaluations, cost["cheap"].backward) == (3 * 4 + 2, 3)  # every sixth of 13 in the window, and one outside
+    assert (cost["cheap"].evaluations, cost["cheap"].backward) == (2 * 4 + 2, 3)  # every fourth of nine in the window, and one outside
     assert 6 <= cost["falling"].evaluations <= 12 and cost["falling"].backward == 0
 
 

@@ -38,7 +38,7 @@ class Edit:
     strength: Annotated[float | None, arg(help="of the task, 1; of a sketch: how much is drawn anew, 0 to 1; 0.6 if left out")] = None
     method: Annotated[
         Literal["cheap", "full", "project"],
-        arg(help="full: gradients through the network, steps repeated; cheap: each for six evaluations; project: one evaluation a step"),
+        arg(help="full: gradients through the network, steps repeated; cheap: each for four evaluations; project: one evaluation a step"),
     ] = "cheap"
     simulate: Annotated[bool, arg(help="take the image for the truth: spoil it first, and say how near the results come")] = False
     num: Annotated[int, arg(help="number of images")] = 4

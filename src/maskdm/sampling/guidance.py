@@ -55,8 +55,8 @@ class Steering:
 
     through: by the gradient through the network, too. steps: of the task's own on the predicted image. strength: of both. repeats: times
     that a step is taken; falling: no more of them once one lowers the loss by less than a tenth. window: noise levels (sigma / alpha) at
-    which it acts. reuse: steps for which a correction is kept, this one counted. variance: of an image's values, which says how far the
-    gradient goes.
+    which it acts. reuse: evaluations for which the gradient through the network is kept (without one, what the task's own steps changed),
+    this one counted. variance: of an image's values, which says how far the gradient goes.
     """
 
     through: bool = True
@@ -80,10 +80,10 @@ Method = Literal["full", "cheap", "project"]
 
 METHODS: dict[Method, Steering] = {
     "full": Steering(through=True, steps=2, repeats=4),
-    "cheap": Steering(through=True, steps=2, repeats=3, window=(0.02, 20.0), reuse=6),
+    "cheap": Steering(through=True, steps=3, repeats=2, window=(0.02, 20.0), reuse=4),
     "project": Steering(through=False, steps=1),
 }
-"""full: universal guidance; cheap: with a pass back through the network in every sixth evaluation (docs/editing.md); project: of a linear
+"""full: universal guidance; cheap: with a pass back through the network in every fourth evaluation (docs/editing.md); project: of a linear
 task the null-space method (arXiv 2212.00490)."""
 
 
@@ -131,14 +131,22 @@ class Steered:
     def _corrected(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor]:
         """The prediction moved towards the task, and the image that the network predicted."""
         if self._left > 0 and self._kept is not None:
-            prediction = self._predict(x, predict)
             self._left -= 1
-            return self._at(moment, x, prediction.x0 + self._kept), prediction.x0
+            prediction = self._predict(x, predict)
+            moved = prediction.x0 + self._kept
+            if not self.steering.through:
+                return self._at(moment, x, moved), prediction.x0
+            return self._at(moment, x, self._stepped(moved)), prediction.x0
         prediction, moved = self._through(moment, x, predict) if self.steering.through else self._plain(x, predict)
+        led = self._stepped(moved)
+        self._kept, self._left = (moved if self.steering.through else led) - prediction.x0, self.steering.reuse - 1
+        return self._at(moment, x, led), prediction.x0
+
+    def _stepped(self, image: Tensor) -> Tensor:
+        """The task's own steps, from an image."""
         for _ in range(self.steering.steps):
-            moved = torch.lerp(moved, self.task.step(moved), self.steering.strength)
-        self._kept, self._left = moved - prediction.x0, self.steering.reuse - 1
-        return self._at(moment, x, moved), prediction.x0
+            image = torch.lerp(image, self.task.step(image), self.steering.strength)
+        return image
 
     def _plain(self, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor]:
         prediction = self._predict(x, predict)
