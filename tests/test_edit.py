@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_sample_command import picture, run  # noqa: F401 - the fixture
+from test_sample_command import TRAIN, picture, run  # noqa: F401 - the fixture
 
 from maskdm.cli import run_command
 
@@ -44,6 +44,23 @@ def test_linear_tasks_come_nearer_to_the_truth(task: str, method: str, run: Path
     if task == "inpaint":
         truth, result = picture(images / "digit.png"), picture(tmp_path / "edit-000000.png")
         assert np.array_equal(np.asarray(truth)[:, :4], np.asarray(result)[:, :4])
+
+
+def test_what_was_given_is_shown_as_it_looks(tmp_path: Path) -> None:
+    """A gray image is gray, and a blurred one blurred, where A+ y is green and sharp."""
+    out, given = tmp_path / "run", np.zeros((8, 8, 3), dtype=np.uint8)
+    given[:, 4:] = (255, 60, 0)
+    Image.fromarray(given).save(tmp_path / "red.png")
+    few = ["--pretrain.budget.steps", "1", "--finetune.budget.steps", "1", "--channels", "3"]
+    assert run_command([*TRAIN, "--out", str(out), *few]) == 0
+    for task in ("colourise", "deblur"):
+        edited(out, tmp_path / task, "--task", task, "--image", str(tmp_path / "red.png"), "--simulate", "--steps", "2")
+        first, truth = (np.asarray(picture(tmp_path / task / "grid.png")).astype(int)[4:60, x : x + 56] for x in (4, 72))
+        if task == "colourise":
+            assert (np.ptp(first, axis=2) <= 1).all() and np.ptp(first[0, :, 0]) > 50
+        else:
+            across = np.diff(truth[30, :, 0]), np.diff(first[30, :, 0])
+            assert np.abs(across[1]).max() < 0.7 * np.abs(across[0]).max()
 
 
 def test_palettes_classes_and_sketches(run: Path, images: Path, tmp_path: Path) -> None:  # noqa: F811

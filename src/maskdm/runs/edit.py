@@ -233,7 +233,8 @@ def _of_image(request: EditRequest, path: Path, data: Data, machine: Machine) ->
                 raise UserError(f"{request.run} draws gray images; task colourise needs a run in colour")
             task = Colourise(whole.mean(1, keepdim=True))
             task.known = task.apply(whole)
-    return Asked(task, task.invert(task.known), whole if request.simulate else None)
+    given = task.known.expand_as(whole) if isinstance(task, Deblur | Colourise) else task.invert(task.known)
+    return Asked(task, given, whole if request.simulate else None)
 
 
 def _whole_number(factor: int, size: tuple[int, int]) -> None:
