@@ -22,7 +22,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_networks() -> Generator[None]:
-    """Feature networks of the tests learn digits well enough in a twentieth of the steps."""
+    """Feature networks of the tests learn digits well enough in a tenth of the steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maskdm.evaluation.training._num_steps", lambda encoder, num_images: 20)
+        patch.setattr("maskdm.evaluation.training._num_steps", lambda encoder, num_images: 40)
         yield
