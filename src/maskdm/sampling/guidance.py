@@ -130,16 +130,19 @@ class Steered:
 
     def _corrected(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor]:
         """The prediction moved towards the task, and the image that the network predicted."""
+        through = self.steering.through
         if self._left > 0 and self._kept is not None:
             self._left -= 1
             prediction = self._predict(x, predict)
             moved = prediction.x0 + self._kept
-            if not self.steering.through:
-                return self._at(moment, x, moved), prediction.x0
-            return self._at(moment, x, self._stepped(moved)), prediction.x0
-        prediction, moved = self._through(moment, x, predict) if self.steering.through else self._plain(x, predict)
+            return self._at(moment, x, self._stepped(moved) if through else moved), prediction.x0
+        if through:
+            prediction, moved = self._through(moment, x, predict)
+        else:
+            prediction = self._predict(x, predict)
+            moved = prediction.x0
         led = self._stepped(moved)
-        self._kept, self._left = (moved if self.steering.through else led) - prediction.x0, self.steering.reuse - 1
+        self._kept, self._left = (moved if through else led) - prediction.x0, self.steering.reuse - 1
         return self._at(moment, x, led), prediction.x0
 
     def _stepped(self, image: Tensor) -> Tensor:
@@ -147,10 +150,6 @@ class Steered:
         for _ in range(self.steering.steps):
             image = torch.lerp(image, self.task.step(image), self.steering.strength)
         return image
-
-    def _plain(self, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor]:
-        prediction = self._predict(x, predict)
-        return prediction, prediction.x0
 
     def _through(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor]:
         """The gradient of the loss with respect to x_t, as a change of the predicted image.
