@@ -2,15 +2,15 @@
 
 For every number of sampling steps and every guidance scale, samples of the teacher and of each student (a run of `maskdm distil`) with the
 same seeds: Frechet and kernel distance to the training images, the feature network's accuracy on the classes asked for, precision and
-recall, each with its interval, and the network evaluations that an image costs. A student of halving is taken as it was at the end of the
-stage for that number of steps, and above the first of them as it was after guidance was distilled. Rows that are there already, in the
-JSON file, are not measured again. Prints a table, and how the figures stand to the goals: distance over that of the teacher at the first
-number of steps and the same scale.
+recall, each with its interval, and the network evaluations that an image costs; and the ratio of the distance to that of the teacher in
+the most steps at the same scale. A student of halving is taken as it was at the end of the stage for that number of steps, and above the
+first of them as it was after guidance was distilled. Samples are kept in the cache: the same call, stopped, goes on. Prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from maskdm.config import Config, Halve, Hardware
 from maskdm.data import Dataset
@@ -27,7 +28,9 @@ from maskdm.evaluation import (
     Extractor,
     ImageSet,
     Statistics,
+    fill,
     frechet_distance,
+    frechet_ratio,
     frechet_standard_error,
     kernel_distance,
     manifold,
@@ -42,12 +45,15 @@ from maskdm.runs.sets import dataset_of, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, class_names, load_pipeline, make_pipeline, state_hash
 from maskdm.sampling import MaskDMPipeline
 
+MOST_MANIFOLD = 10_000
+"""Training images that precision and recall go by, as those of `maskdm evaluate`."""
+
 COLUMNS = ("frechet_distance", "ratio", "kernel_distance", "class_accuracy", "precision", "recall")
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """What all rows have in common: the data's sets, the judge, how many samples, from which seed."""
+    """What all rows have in common: the data's sets, the judge, how many samples, from which seed, and the folder that keeps them."""
 
     extractor: Extractor
     training: ImageSet
@@ -56,6 +62,7 @@ class Measuring:
     num: int
     seed: int
     machine: Machine
+    drawn: Path
 
 
 def student_at(config: Config, steps: int) -> str | None:
@@ -87,33 +94,51 @@ def pipeline_of(path: Path, steps: int) -> MaskDMPipeline | None:
     return pipeline
 
 
-def judged(about: Measuring, samples: ImageSet) -> dict[str, Any]:
-    """What is kept of the measures of `maskdm evaluate`, without its search for copies."""
+def judged(about: Measuring, samples: ImageSet) -> dict[str, Estimate]:
+    """Frechet distance to the training images, and the share in the class asked for, of a judge that knows the classes."""
     fake, real = about.extractor.features(samples), about.extractor.features(about.training)
     of_fake, of_real = Statistics.of(fake), Statistics.of(real)
     error = frechet_standard_error(fake, real, of_fake, of_real)
-    estimates = {"frechet_distance": Estimate.around(frechet_distance(of_fake, of_real), error)}
-    estimates["kernel_distance"] = kernel_distance(fake, real).estimate
-    estimates |= {name: each for name, each in manifold(real, fake)._asdict().items() if name in ("precision", "recall")}
+    found = {"frechet_distance": Estimate.around(frechet_distance(of_fake, of_real), error)}
     predicted = about.extractor.classes(samples)
     if predicted is not None and samples.labels is not None and about.extractor.network.num_classes == about.num_classes:
-        estimates["class_accuracy"] = share(int((predicted == samples.labels).sum()), len(samples))
+        found["class_accuracy"] = share(int((predicted == samples.labels).sum()), len(samples))
+    return found
+
+
+def spread(estimates: dict[str, Estimate]) -> dict[str, Any]:
+    """Each value, and its interval beside it, as JSON holds them."""
     return {
         key: value for name, each in estimates.items() for key, value in ((name, each.value), (f"{name}_interval", [each.low, each.high]))
     }
 
 
-def measure(pipeline: MaskDMPipeline, config: Config, about: Measuring, steps: int, guidance: float) -> dict[str, Any]:
-    """One row: samples drawn and judged."""
+def drawn(pipeline: MaskDMPipeline, config: Config, about: Measuring, steps: int, guidance: float) -> ImageSet:
+    """Samples, drawn once and kept in the cache."""
     settings = replace(config.sampling, scheduler="ddim", eta=0.0, steps=steps, guidance=guidance)
-    drawn = draw_images(pipeline, settings, range(about.num), about.labels, about.seed, about.machine.precision)
     name = f"{state_hash(pipeline.unet.state_dict())} {steps} {guidance} {about.seed} {about.num} {about.machine.precision}"
-    labels = None if about.labels is None else np.array(about.labels)
-    samples = ImageSet(np.ascontiguousarray(drawn.transpose(0, 2, 3, 1)), np.arange(about.num), name, labels)
-    found = judged(about, samples)
+    key = hashlib.sha256(name.encode()).hexdigest()[:32]
+
+    def make(rows: slice) -> NDArray[np.uint8]:
+        labels = None if about.labels is None else about.labels[rows]
+        images = draw_images(pipeline, settings, range(rows.start, rows.stop), labels, about.seed, about.machine.precision)
+        return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+
+    pixels = fill(about.drawn / f"{key}.npy", (about.num, *about.training.pixels.shape[1:]), np.uint8, make, Ranks())
+    return ImageSet(pixels, np.arange(about.num), key, None if about.labels is None else np.array(about.labels))
+
+
+def measure(
+    pipeline: MaskDMPipeline, samples: ImageSet, reference: ImageSet, about: Measuring, steps: int, guidance: float
+) -> dict[str, Any]:
+    """One row: samples judged; `reference` are the teacher's in the most steps."""
+    fake, real = about.extractor.features(samples), about.extractor.features(about.training)
+    some = about.extractor.features(about.training.part(about.training.places(MOST_MANIFOLD)))
+    found = judged(about, samples) | {"ratio": frechet_ratio(fake, about.extractor.features(reference), real)}
+    found["kernel_distance"] = kernel_distance(fake, real).estimate
+    found |= {name: each for name, each in manifold(some, fake)._asdict().items() if name in ("precision", "recall")}
     twice = guidance != 1 and pipeline.unet.num_classes > 0 and pipeline.unet.guidance_dial is None
-    row: dict[str, Any] = {"steps": steps, "guidance": guidance, "evaluations": steps * (2 if twice else 1)}
-    return row | found
+    return {"steps": steps, "guidance": guidance, "evaluations": steps * (2 if twice else 1)} | spread(found)
 
 
 def prepared(teacher: Path, given: argparse.Namespace, display: Display) -> tuple[Measuring, Dataset]:
@@ -126,26 +151,18 @@ def prepared(teacher: Path, given: argparse.Namespace, display: Display) -> tupl
     torch.set_num_threads(given.threads or machine.cores)
     network = choose_network(given.features, training, heldout, 0, machine.device, Ranks(), display)
     extractor = Extractor(network, cache_directory() / "features", Ranks())
+    kept = cache_directory() / "drawn"
+    kept.mkdir(parents=True, exist_ok=True)
     labels = natural_labels(config, dataset, training.rows, given.num)
-    return Measuring(extractor, training, len(dataset.class_names), labels, given.num, given.seed, machine), dataset
-
-
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each with its distance over the teacher's at the most steps and the same scale, and at the same steps."""
-    teachers = {(row["steps"], row["guidance"]): row["frechet_distance"] for row in rows if row["who"] == "teacher"}
-    most = max(row["steps"] for row in rows)
-    for row in rows:
-        for key, steps in (("ratio", most), ("ratio_same_steps", row["steps"])):
-            against = teachers.get((steps, row["guidance"]))
-            row[key] = row["frechet_distance"] / against if against else None
-    return rows
+    return Measuring(extractor, training, len(dataset.class_names), labels, given.num, given.seed, machine, kept), dataset
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """In Markdown."""
     lines = ["| who | steps | guidance | evaluations | " + " | ".join(COLUMNS) + " |", "|---" * (4 + len(COLUMNS)) + "|"]
     for row in sorted(rows, key=lambda row: (row["guidance"], -row["steps"], row["who"] != "teacher", row["who"])):
-        cells = [f"{row[name]:.3g}" if row.get(name) is not None else "-" for name in COLUMNS]
+        cells = [f"{row[name]:.3g} ({row[f'{name}_interval'][0]:.3g} to {row[f'{name}_interval'][1]:.3g})" if name in row else "-"
+                 for name in COLUMNS]  # fmt: skip
         lines.append(f"| {row['who']} | {row['steps']} | {row['guidance']:g} | {row['evaluations']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -162,26 +179,30 @@ def main() -> None:
     parser.add_argument("--data", help="the images, where they have moved")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; one that is there is gone on with")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
     given = parser.parse_args()
     display = Display()
     about, dataset = prepared(given.teacher, given, display)
     head = {"teacher": str(given.teacher), "num": given.num, "seed": given.seed, "features": about.extractor.network.provenance()}
     head |= {"data_hash": dataset.content_hash, "environment": environment(about.machine, torch.get_num_threads())}
-    rows: list[dict[str, Any]] = json.loads(given.out.read_text())["rows"] if given.out.is_file() else []
-    done = {(row["who"], row["steps"], row["guidance"]) for row in rows}
-    scales = [float(text) for text in given.guidance.split(",")]
+    rows: list[dict[str, Any]] = []
+    numbers = sorted(map(int, given.steps.split(",")), reverse=True)
+    references: dict[float, ImageSet] = {}
     for who, path in (("teacher", given.teacher), *((str(path), path) for path in given.students)):
         config = RunDirectory.existing(path).config()
-        for steps in map(int, given.steps.split(",")):
-            left = [scale for scale in scales if (who, steps, scale) not in done and (scale == 1 or config.data.conditional)]
-            pipeline = pipeline_of(path, steps) if left else None
-            for scale in left if pipeline is not None else []:
-                assert pipeline is not None
-                rows.append({"who": who} | measure(pipeline, config, about, steps, scale))
+        for steps in numbers:
+            pipeline = pipeline_of(path, steps)
+            if pipeline is None:
+                continue
+            for scale in map(float, given.guidance.split(",")):
+                if scale != 1 and not config.data.conditional:
+                    continue
+                samples = drawn(pipeline, config, about, steps, scale)
+                reference = references.setdefault(scale, samples)
+                rows.append({"who": who} | measure(pipeline, samples, reference, about, steps, scale))
                 display.note(f"{who}: {steps} steps, guidance {scale:g}: distance {rows[-1]['frechet_distance']:.3g}")
-                write_text(given.out, json.dumps(head | {"rows": with_ratios(rows)}, indent=1))
-    print(table(with_ratios(rows)))
+                write_text(given.out, json.dumps(head | {"rows": rows}, indent=1))
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.distillation import Measuring, judged, prepared
+from benchmarks.distillation import Measuring, judged, prepared, spread
 from maskdm.data import to_model_range, to_uint8
 from maskdm.engine import Ranks, autocast, environment
 from maskdm.evaluation import ImageSet, SelfNetwork
@@ -99,7 +99,7 @@ def measure(
         drawn = torch.cat(parts)
         arrays = np.ascontiguousarray(to_uint8(drawn).numpy().transpose(0, 2, 3, 1))
         samples = ImageSet(arrays, np.arange(len(arrays)), f"{name} {method} {seed} {steps} {truth.key} {time.time_ns()}", truth.labels)
-        row = dict(zip(("seconds", "evaluations", "backward"), spent[method], strict=True)) | judged(about, samples)
+        row = dict(zip(("seconds", "evaluations", "backward"), spent[method], strict=True)) | spread(judged(about, samples))
         if name != "classify":
             row["psnr"] = float((10 * (4 / (drawn - pixels).square().flatten(1).mean(1).clamp(min=1e-10)).log10()).mean())
         found[method] = row

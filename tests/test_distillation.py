@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.distillation import student_at, with_ratios
+from benchmarks.distillation import student_at
 from maskdm.arithmetic import flops, stage_flops
 from maskdm.cli import run_command
 from maskdm.config import (
@@ -508,6 +508,3 @@ def test_the_benchmark_takes_each_student_from_its_stage() -> None:
     made, _ = distil(recipe("digits", "digits"), "run", Plan(steps=8, end=2))
     assert [student_at(made, steps) for steps in (64, 8, 4, 2, 1)] == ["guided", "guided", "halve-4", "halve-2", ""]
     assert student_at(recipe("digits", "digits"), 4) is None
-    rows = [{"who": who, "steps": steps, "guidance": 2.0, "frechet_distance": distance} for who, steps, distance in
-            (("teacher", 64, 4.0), ("teacher", 4, 8.0), ("student", 4, 6.0))]  # fmt: skip
-    assert [(row["ratio"], row["ratio_same_steps"]) for row in with_ratios(rows)] == [(1.0, 1.0), (2.0, 1.0), (1.5, 0.75)]

@@ -8,7 +8,7 @@ import torch
 from evaluation_helpers import Pixels, normal
 
 from maskdm.errors import UserError
-from maskdm.evaluation import Statistics, frechet_distance, frechet_halves, frechet_infinity, frechet_standard_error
+from maskdm.evaluation import Statistics, frechet_distance, frechet_halves, frechet_infinity, frechet_ratio, frechet_standard_error
 
 
 def test_statistics_are_numpys_whatever_the_pieces_even_far_from_zero() -> None:
@@ -126,3 +126,21 @@ def test_statistics_of_a_large_set_are_read_in_pieces_of_a_mapped_file(tmp_path:
     np.save(tmp_path / "x.npy", normal(9000, 3, 70).numpy())
     mapped = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c"))
     np.testing.assert_allclose(Statistics.of(mapped).cov, np.cov(np.load(tmp_path / "x.npy").astype(np.float64).T), rtol=1e-9)
+
+
+def test_the_ratio_of_pairs_is_covered_and_narrower_than_two_distances() -> None:
+    """Of Gaussians 2 and 3 from the real ones' mean in the first of three dimensions: 9 to 4, each pair from one draw."""
+    inside, widths, alone = 0, list[float](), list[float]()
+    for seed in range(60):
+        real, noise, own = (normal(count, 3, 3 * seed + place) for place, count in enumerate((1000, 400, 400)))
+        shift = torch.tensor([1.0, 0.0, 0.0])
+        a, b = noise + 0.1 * own + 3 * shift, noise + 2 * shift
+        ratio = frechet_ratio(a, b, real)
+        inside += ratio.low <= 9 / 4 <= ratio.high
+        widths.append(ratio.high - ratio.low)
+        each = [frechet_standard_error(fake, real, Statistics.of(fake), Statistics.of(real)) / (9 if fake is a else 4) for fake in (a, b)]
+        alone.append(2 * 1.96 * float(np.hypot(*each)) * 9 / 4)
+    assert inside >= 52
+    assert np.median(widths) < 0.5 * np.median(alone)
+    same = frechet_ratio(b, b, real)
+    assert (same.value, same.low, same.high) == pytest.approx((1, 1, 1))

@@ -7,7 +7,14 @@ from maskdm.evaluation.copies import Matches, Searcher
 from maskdm.evaluation.denoising import DenoisingLoss, denoising_loss, overfitting
 from maskdm.evaluation.evaluate import Evaluation, Subject, evaluate_samples
 from maskdm.evaluation.features import FeatureNetwork, Images, Labels
-from maskdm.evaluation.frechet import Statistics, frechet_distance, frechet_halves, frechet_infinity, frechet_standard_error
+from maskdm.evaluation.frechet import (
+    Statistics,
+    frechet_distance,
+    frechet_halves,
+    frechet_infinity,
+    frechet_ratio,
+    frechet_standard_error,
+)
 from maskdm.evaluation.images import Extractor, ImageSet, digest
 from maskdm.evaluation.intervals import Estimate
 from maskdm.evaluation.kernel import KernelDistance, kernel_distance
@@ -45,6 +52,7 @@ __all__ = [
     "frechet_distance",
     "frechet_halves",
     "frechet_infinity",
+    "frechet_ratio",
     "frechet_standard_error",
     "is_self",
     "kernel_distance",

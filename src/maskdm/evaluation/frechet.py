@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskdm.errors import UserError
-from maskdm.evaluation.intervals import Estimate
+from maskdm.evaluation.intervals import Estimate, half_width
 
 _ROWS = 4096
 _SMALL = 256
@@ -115,6 +115,25 @@ def frechet_standard_error(a: Tensor, b: Tensor, statistics_a: Statistics, stati
     """
     variance = frechet_errors(a, statistics_a, statistics_b).var() / statistics_a.count
     return math.sqrt(float(variance + frechet_errors(b, statistics_b, statistics_a).var() / statistics_b.count))
+
+
+def frechet_ratio(a: Tensor, b: Tensor, real: Tensor) -> Estimate:
+    """The distance of a from `real` over that of b, features [N, D], [N, D] and [M, D], with an interval for pairs.
+
+    Image i of both sets stems from the same noise, so that what its draw adds to either distance mostly cancels, as what the draw of
+    the real ones adds does: the interval is that of the logarithm's influence function, far narrower than of two distances by
+    themselves. The bias of a finite number of images does not cancel: it draws the ratio towards 1.
+    """
+    own = Statistics.of(real)
+    value, fakes, reals = 1.0, torch.zeros(len(a), dtype=torch.float64), torch.zeros(len(real), dtype=torch.float64)
+    for features, sign in ((a, 1), (b, -1)):
+        statistics = Statistics.of(features)
+        distance = frechet_distance(statistics, own)
+        value *= distance**sign
+        fakes += sign / distance * frechet_errors(features, statistics, own)
+        reals += sign / distance * frechet_errors(real, own, statistics)
+    half = half_width(math.sqrt(float(fakes.var() / len(fakes) + reals.var() / len(reals))))
+    return Estimate(value, value * math.exp(-half), value * math.exp(half))
 
 
 def frechet_infinity(a: Tensor, b: Tensor, standard_error: float, seed: int = 0) -> Estimate | None:
