@@ -191,6 +191,8 @@ def test_runs_on_latents_are_not_inpainted(service: Service, monkeypatch: pytest
     monkeypatch.setattr(service.shelf, "traits", lambda name: traits)
     with pytest.raises(UserError, match="draws latents, whose pixels are not known"):
         service.inpaint(Wish(), digit(0), [])
+    with pytest.raises(UserError, match="draws latents, whose pixels are not known"):
+        service.upload(None, Path("any"))
 
 
 def test_masks_are_looked_at_before_they_are_decoded(service: Service, run: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from maskdm.demo.style import CSS, HEAD, theme
 from maskdm.demo.uploads import MOST_BYTES
 from maskdm.demo.wishes import MOST_IMAGES
 from maskdm.errors import UserError
+
+log = logging.getLogger(__name__)
 
 AT_ONCE, QUEUED = 16, 64
 """Of gradio's own queue: the worker has a shorter one, which says so in a sentence."""
@@ -41,6 +44,7 @@ class Page(gr.Blocks):
                 raise UserError("a file that was not uploaded")
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except Exception as error:
+            log.warning("a request of the page was refused: %r", error)
             raise gr.Error("this is no request of this page's; load it again", print_exception=False) from error
 
 

@@ -150,15 +150,20 @@ class Service:
 
     def upload(self, model: str | None, path: Path) -> NDArray[np.uint8]:
         """An uploaded image [channels, height, width] at the size of a model. Raises UserError."""
+        self._refuse_latents(model)
         return read_upload(path, self.shelf.run(model).config().data)
+
+    def _refuse_latents(self, model: str | None) -> None:
+        """Before anything is painted in vain."""
+        if self.shelf.traits(model).latent:
+            name = self.shelf.find(model).name
+            raise UserError(f"{name} draws latents, whose pixels are not known while they are drawn; inpaint with a run on pixels")
 
     def inpaint(self, wish: Wish, image: NDArray[np.uint8], layers: Sequence[Image.Image]) -> Job[Drawn]:
         """Images [num, ...] like `image` [channels, height, width], but for what is painted over in `layers`, which is drawn anew."""
         self._check(wish)
+        self._refuse_latents(wish.model)
         data = self.shelf.run(wish.model).config().data
-        if self.shelf.traits(wish.model).latent:
-            name = self.shelf.find(wish.model).name
-            raise UserError(f"{name} draws latents, whose pixels are not known while they are drawn; inpaint with a run on pixels")
         if image.shape != (data.channels, *data.image_size):
             raise UserError("the image is of another size than this model's; choose it again")
         hidden = read_mask(list(layers), data)

@@ -69,9 +69,10 @@ def sample_run(request: SampleRequest, display: Display) -> list[Path]:
         shown = display if ranks.first else Display(quiet=True)
         pipeline, origin = load_pipeline(request.run, request.weights, request.ema)
         shown.note(f"weights: {origin}")
-        settings = sampling_settings(RunDirectory(request.run).config(), request)
+        config = RunDirectory(request.run).config()
+        settings = sampling_settings(config, request)
         with shown.counting(f"drawing {request.num} images") as progress:
-            paths = sample(request, pipeline, settings, wishes_of(request, pipeline), ranks, progress)
+            paths = sample(request, pipeline, settings, wishes_of(request, pipeline, config.data), ranks, progress)
         return paths if ranks.first else []
 
 
@@ -79,8 +80,9 @@ def draw_run(request: SampleRequest, display: Display) -> list[Image.Image]:
     """The images that `sample_run` would write, none of which is written; all of them in each process. Raises UserError."""
     pipeline, origin = load_pipeline(request.run, request.weights, request.ema)
     display.note(f"weights: {origin}")
-    settings = sampling_settings(RunDirectory(request.run).config(), request)
-    draw = ready(request, pipeline, settings, wishes_of(request, pipeline))
+    config = RunDirectory(request.run).config()
+    settings = sampling_settings(config, request)
+    draw = ready(request, pipeline, settings, wishes_of(request, pipeline, config.data))
     with display.counting(f"drawing {request.num} images") as progress:
         return [to_pil(image) for image in draw(range(request.num), progress)]
 

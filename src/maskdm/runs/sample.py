@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 import maskdm
-from maskdm.config import Config, GuideName, Halve, Hardware, Sampling, SchedulerName
+from maskdm.config import Config, Data, GuideName, Halve, Hardware, Sampling, SchedulerName
 from maskdm.data import to_uint8
 from maskdm.engine import Precision, Ranks, autocast, out_of_memory, this_machine
 from maskdm.errors import UserError
@@ -197,7 +197,7 @@ def sample(
     return [*paths, overview]
 
 
-def wishes_of(request: SampleRequest, pipeline: maskdm.MaskDMPipeline) -> Wishes:
+def wishes_of(request: SampleRequest, pipeline: maskdm.MaskDMPipeline, data: Data) -> Wishes:
     """What a request asks for beside the settings; the pipeline's network is changed for one of another size. Raises UserError."""
     names, negative = pipeline.config["class_names"], None
     if request.negative is not None:
@@ -208,8 +208,7 @@ def wishes_of(request: SampleRequest, pipeline: maskdm.MaskDMPipeline) -> Wishes
     weak = None if request.weak is None else open_weak(request.weak, pipeline.unet)
     size = None
     if request.image_size is not None:
-        factor = 1 if pipeline.vae is None else 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
-        pixels = parse_size(request.image_size)
+        factor, pixels = data.latent_factor, parse_size(request.image_size)
         if any(side % factor for side in pixels):
             raise UserError(f"--image-size is {request.image_size}; the autoencoder wants multiples of {factor}")
         size = pixels[0] // factor, pixels[1] // factor

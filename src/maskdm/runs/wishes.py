@@ -140,7 +140,7 @@ def choose_labels(
     """
     if not names:
         if wanted:
-            raise UserError("--labels given, but this model was trained without classes")
+            raise UserError("labels are given, and this model was trained without classes; leave them out")
         return None
     chosen = [parse_label(names, text) for text in wanted] or [{number: 1.0} for number in range(len(names))]
     if between is not None:
