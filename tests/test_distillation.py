@@ -40,7 +40,18 @@ from maskdm.config import (
 )
 from maskdm.data import Dataset, Loader, open_source, prepare
 from maskdm.diffusion import Schedule, add_noise, alpha_sigma
-from maskdm.distillation import Asked, ddim_step, distillation_loss, guided, halving_target, places, sampling_time
+from maskdm.distillation import (
+    Asked,
+    ddim_step,
+    distillation_loss,
+    guided,
+    halving_target,
+    in_range,
+    places,
+    sampling_time,
+    scales,
+    seen_error,
+)
 from maskdm.draws import draw_lesson, draw_step
 from maskdm.engine import Trainer, checkpoint, transfer
 from maskdm.errors import UserError
@@ -200,7 +211,7 @@ def test_guided_is_what_the_pipeline_does_with_two_evaluations() -> None:
 def test_draws_of_a_lesson_do_not_depend_on_the_pieces() -> None:
     whole = draw_lesson((5, 9, 0, 24, 24), CPU)
     assert torch.equal(torch.cat([draw_lesson((5, 9, 0, 11, 24), CPU), draw_lesson((5, 9, 11, 13, 24), CPU)]), whole)
-    assert (whole >= 0).all() and (whole < 1).all() and (whole[:, 1] * 24).floor().tolist() == list(range(24))
+    assert (whole >= 0).all() and (whole < 1).all() and sorted((whole[:, 1] * 24).floor().tolist()) == list(range(24))
     settings = config(Shortcut(1), shortcuts=8)
     all_of_it, parts = (
         places(settings, Shortcut(1), whole, 0),
@@ -210,6 +221,33 @@ def test_draws_of_a_lesson_do_not_depend_on_the_pieces() -> None:
     assert all_of_it.steps.tolist() == [*parts[0].steps.tolist(), *parts[1].steps.tolist()]
     assert set(places(settings, Shortcut(1), draw_lesson((5, 9, 0, 400, 400), CPU), 0).steps.tolist()) == {1.0, 2.0, 4.0}
     assert sorted([*all_of_it.rows.tolist(), *all_of_it.rest.tolist()]) == list(range(24))
+
+
+def test_shortcuts_of_a_small_batch_learn_every_step_of_every_number() -> None:
+    settings, met = config(Shortcut(1), shortcuts=16), set[tuple[float, float]]()
+    for step in range(300):
+        here = places(settings, Shortcut(1), draw_lesson((5, step, 0, 8, 8), CPU), 0)
+        met |= set(zip(here.steps.tolist(), here.number.tolist(), strict=True))
+    assert met == {(float(steps), float(number)) for steps in (1, 2, 4, 8) for number in range(steps)}
+
+
+def test_an_eighth_of_the_scales_is_no_guidance_and_the_others_are_spread_over_the_dial() -> None:
+    drawn = (torch.arange(800) + 0.5) / 800
+    found = scales(replace(config(Guided()), model=replace(config(Guided()).model, dial=(0.0, 4.0))), drawn)
+    assert (found == 1).sum() == 100
+    assert torch.allclose(found[100:], (torch.arange(700) + 0.5) / 700 * 4, atol=1e-4)
+
+
+def test_what_lies_beyond_the_range_is_no_error_of_pixels_and_one_of_latents() -> None:
+    pixels = config(Guided())
+    image, wanted = torch.tensor([1.5, 1.5, 1.5, -2.0, 0.5], requires_grad=True), torch.tensor([1.0, 3.0, 0.5, 1.0, 2.0])
+    error = seen_error(pixels, image, wanted)
+    assert error.tolist() == [0.0, 0.0, 1.0, -3.0, -0.5]
+    error.square().sum().backward()
+    assert image.grad is not None and image.grad.tolist() == [0.0, 0.0, 2.0, -6.0, -1.0]
+    latents = replace(pixels, data=replace(pixels.data, autoencoder="vae", latent_factor=2, latent_channels=3))
+    assert seen_error(latents, image, wanted).tolist() == [0.5, -1.5, 1.0, -3.0, -1.5]
+    assert in_range(latents, wanted).tolist() == wanted.tolist()
 
 
 # --- losses ---

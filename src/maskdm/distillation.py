@@ -32,6 +32,9 @@ MOST_SNR = 1000.0
 TURNS = 4
 """Of as many sequences one learns two steps in one in the lesson `shortcut`, and the others the teacher."""
 
+UNGUIDED = 1 / 8
+"""Share of sequences whose guidance scale is 1: the end of most ranges, and what the student is at first."""
+
 Predict = Callable[[Tensor, Times], Tensor]
 """x0 from x_t and t."""
 
@@ -87,6 +90,26 @@ def image_of(network: Any, config: Config, asked: Asked) -> Tensor:
     return convert(diffusion.schedule, diffusion.target, output.float(), asked.x, asked.t).x0
 
 
+def in_range(config: Config, image: Tensor) -> Tensor:
+    """A predicted image as sampling takes it: pixels end at -1 and 1, latents nowhere."""
+    return image if config.data.autoencoder is not None else image.clamp(-1, 1)
+
+
+def seen_error(config: Config, image: Tensor, wanted: Tensor) -> Tensor:
+    """What of the difference sampling sees: an answer beyond the range is as good as its end.
+
+    Much of the error of a large guidance scale lies there, and so does some of the teacher's own answer.
+    """
+    wanted = in_range(config, wanted)
+    return torch.where(in_range(config, image) == wanted, torch.zeros_like(image), image - wanted)
+
+
+def scales(config: Config, drawn: Float[Tensor, " batch"]) -> Tensor:
+    """Guidance scales from values in [0, 1): 1 for the share UNGUIDED, uniform in the dial's range for the others."""
+    low, high = config.model.dial or (1.0, 1.0)
+    return torch.where(drawn < UNGUIDED, 1.0, low + (high - low) * (drawn - UNGUIDED) / (1 - UNGUIDED))
+
+
 def guided(teacher: Denoiser, config: Config, asked: Asked) -> Tensor:
     """The teacher's x0 under classifier-free guidance (arXiv 2207.12598): linear in the output, so as well of x0."""
     plain = replace(asked, guidance=1.0, steps=None)
@@ -106,7 +129,7 @@ def two_steps(teacher: Denoiser, config: Config, asked: Asked, number: Tensor, s
     start, middle, end = (sampling_time(2 * number + part, 2 * steps) for part in range(3))
 
     def predict(x: Tensor, t: Times) -> Tensor:
-        return image_of(teacher, config, replace(asked, x=x, t=t, steps=2 * steps)).clamp(-1, 1)
+        return in_range(config, image_of(teacher, config, replace(asked, x=x, t=t, steps=2 * steps)))
 
     return halving_target(config.diffusion.schedule, predict, asked.x, start, middle, end)
 
@@ -160,9 +183,8 @@ def distillation_loss(
     here = places(config, lesson, drawn, first)
     t = draws.t.index_copy(0, here.rows, sampling_time(here.number, here.steps))
     steps = torch.full_like(t, max(1, config.model.shortcuts)).index_copy(0, here.rows, here.steps)
-    low, high = config.model.dial or (1.0, 1.0)
-    scale = low + (high - low) * drawn[:, 0]
-    asked = Asked(add_noise(config.diffusion, x0, draws.noise, t).x_t, t, labels, draws.kept, scale, steps)
+    noised = add_noise(config.diffusion, x0, draws.noise, t).x_t
+    asked = Asked(noised, t, labels, draws.kept, scales(config, drawn[:, 0]), steps)
     wanted = torch.empty_like(asked.x)
     with torch.no_grad():
         if len(here.rows):
@@ -172,5 +194,5 @@ def distillation_loss(
             wanted[here.rest] = guided(teacher, config, asked.some(here.rest))
     alpha, sigma = alpha_sigma(config.diffusion.schedule, t)
     weight = (alpha / sigma.clamp(min=1e-4)).square().clamp(1, MOST_SNR)
-    errors = (image_of(student, config, asked) - wanted).square().mean(dim=(1, 2))
+    errors = seen_error(config, image_of(student, config, asked), wanted).square().mean(dim=(1, 2))
     return Loss((weight * errors).mean(), errors.detach(), t)

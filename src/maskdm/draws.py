@@ -61,13 +61,16 @@ Where = tuple[int, int, int, int, int]
 
 
 def draw_lesson(where: Where, device: torch.device) -> Float[Tensor, "batch 3"]:
-    """Three in [0, 1) of each sequence: for a guidance scale, a place among sampling steps (spread over the batch), their number."""
+    """Three in [0, 1) of each sequence: for a guidance scale, a place among sampling steps, their number.
+
+    Places are spread over the batch, one in each of its equal parts; which sequence has which part turns from step to step.
+    """
     seed, step, first, count, batch = where
     blocks = range(first // ROWS, (first + count - 1) // ROWS + 1)
     generators = [torch.Generator(device).manual_seed(derive("lesson", seed, step, block)) for block in blocks]
     drawn = torch.cat([torch.rand(ROWS, 3, generator=each, device=device) for each in generators])[first % ROWS :][:count]
-    stratum = torch.arange(first, first + count, device=device) / batch
-    return torch.stack([drawn[:, 0], (stratum + drawn[:, 1] / batch).clamp(max=1 - 1e-6), drawn[:, 2]], dim=1)
+    part = (torch.arange(first, first + count, device=device) + derive("turn", seed, step) % batch) % batch
+    return torch.stack([drawn[:, 0], ((part + drawn[:, 1]) / batch).clamp(max=1 - 1e-6), drawn[:, 2]], dim=1)
 
 
 def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, count: int, batch: int, device: torch.device) -> Draws:

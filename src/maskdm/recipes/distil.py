@@ -16,6 +16,7 @@ from maskdm.config import (
     Lesson,
     Mask,
     NoMask,
+    Sampling,
     Shortcut,
     Stage,
     UniformWeight,
@@ -69,16 +70,17 @@ def distil(teacher: Config, path: str, plan: Plan) -> tuple[Config, tuple[str, .
         for (name, lesson), weight in zip(lessons, weights, strict=True)
     ]
     target = "v" if teacher.diffusion.target == "eps" else teacher.diffusion.target
+    guidance = 1.0 if scales is None else min(max(teacher.sampling.guidance, scales[0]), scales[1])
     config = replace(
         teacher,
         model=replace(teacher.model, dial=scales, shortcuts=plan.steps if plan.method == "shortcut" else 0),
         stages=tuple(stages),
         diffusion=replace(teacher.diffusion, target=target, weight=UniformWeight()),
-        ema=replace(teacher.ema, snapshots=0),
+        ema=replace(teacher.ema, snapshots=0, warmup=True),
         hardware=Hardware(),
         intervals=replace(teacher.intervals, evaluate=0, sample=0),
         evaluation=Evaluation(),
-        sampling=replace(teacher.sampling, scheduler="ddim", eta=0.0, guide="label", steps=plan.end),
+        sampling=Sampling(steps=plan.end, guidance=guidance, num=teacher.sampling.num),
         init=path,
     )
     dial = () if scales is None else (f"guidance from {scales[0]:g} to {scales[1]:g} is told the network: one evaluation a step",)
