@@ -43,7 +43,7 @@ from maskdm.runs.judge import choose_network
 from maskdm.runs.sample import draw_images
 from maskdm.runs.sets import dataset_of, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, class_names, load_pipeline, make_pipeline, state_hash
-from maskdm.sampling import MaskDMPipeline
+from maskdm.sampling import MaskDMPipeline, make_scheduler
 
 MOST_MANIFOLD = 10_000
 """Training images that precision and recall go by, as those of `maskdm evaluate`."""
@@ -115,7 +115,8 @@ def spread(estimates: dict[str, Estimate]) -> dict[str, Any]:
 
 def drawn(pipeline: MaskDMPipeline, config: Config, about: Measuring, steps: int, guidance: float) -> ImageSet:
     """Samples, drawn once and kept in the cache."""
-    settings = replace(config.sampling, scheduler="ddim", eta=0.0, steps=steps, guidance=guidance)
+    settings = replace(config.sampling, eta=0.0, steps=steps, guidance=guidance)
+    pipeline.scheduler = make_scheduler("ddim", pipeline.config["schedule"], pipeline.config["target"])
     name = f"{state_hash(pipeline.unet.state_dict())} {steps} {guidance} {about.seed} {about.num} {about.machine.precision}"
     key = hashlib.sha256(name.encode()).hexdigest()[:32]
 
@@ -192,6 +193,7 @@ def main() -> None:
         config = RunDirectory.existing(path).config()
         for steps in numbers:
             pipeline = pipeline_of(path, steps)
+            torch.set_num_threads(given.threads or about.machine.cores)
             if pipeline is None:
                 continue
             for scale in map(float, given.guidance.split(",")):

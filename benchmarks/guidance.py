@@ -160,6 +160,7 @@ def main() -> None:
     assert isinstance(guide, SelfNetwork)
     truth = heldout.part(heldout.places(given.num))
     pipeline, _ = load_pipeline(given.run)
+    torch.set_num_threads(given.threads or about.machine.cores)
     pipeline.scheduler = make_scheduler(given.scheduler, pipeline.config["schedule"], pipeline.config["target"])
     head = {"run": str(given.run), "num": len(truth), "steps": given.steps, "scheduler": given.scheduler}
     head |= {"features": about.extractor.network.provenance(), "environment": environment(about.machine, torch.get_num_threads())}

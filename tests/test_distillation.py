@@ -434,6 +434,9 @@ def test_a_run_is_distilled_sampled_and_opened(teacher: Path, tmp_path: Path, ca
     assert images.images.shape == (2, 1, 8, 8) and opened.unet.guidance_dial.high == 4.0
     assert run_command(["sample", str(out), "--out", str(drawn), "--guidance", "9"]) == 2
     assert "from 1 to 4" in capsys.readouterr().err
+    for more in (["--guidance-window", "0.3", "5"], ["--guidance-rescale", "0.5"], ["--negative", "3"]):
+        assert run_command(["sample", str(out), "--out", str(drawn), "--guidance", "2", *more]) == 2
+        assert "is told the guidance scale" in capsys.readouterr().err
 
 
 def pipeline_config(run: Path) -> Config:

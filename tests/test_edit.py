@@ -92,6 +92,8 @@ def test_palettes_classes_and_sketches(run: Path, images: Path, tmp_path: Path) 
         (["--task", "classify", "--target", "eleven"], "'eleven' is no class"),
         (["--task", "deblur", "--image", "digit.png", "--scheduler", "heun"], "scheduler heun forgets"),
         (["--task", "sketch", "--image", "digit.png", "--strength", "0"], "a strength above 0"),
+        (["--task", "deblur", "--image", "digit.png", "--strength", "-1"], "strength is -1; it must be above 0"),
+        (["--task", "deblur", "--image", "digit.png", "--guidance", "4"], "leads to classes, and none is named; give --labels"),
     ],
 )
 def test_what_does_not_fit_is_said(

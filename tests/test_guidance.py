@@ -12,7 +12,7 @@ from torch import Tensor
 from maskdm.config import SCHEDULERS
 from maskdm.errors import UserError
 from maskdm.sampling import MaskDMPipeline, make_scheduler, offered, seeded
-from maskdm.sampling.guidance import METHODS, Steered, Steering
+from maskdm.sampling.guidance import METHODS, Moment, Steered, Steering
 from maskdm.sampling.tasks import Colourise, Deblur, Fulfil, Inpaint, Linear, Palette, Task, Upscale
 
 
@@ -52,6 +52,45 @@ def test_steps_of_other_tasks_lower_their_loss(name: str) -> None:
     image = torch.rand(2, 3, 8, 8) * 2 - 1
     task = tasks(image)[name]
     assert (task.loss(task.step(image)) < task.loss(image)).all()
+
+
+def test_a_step_settles_where_the_loss_is_fulfilled() -> None:
+    task = Fulfil(lambda image: (image.mean(dim=(1, 2, 3)) - 0.3).square())
+    image = torch.full((1, 1, 8, 8), 0.301)
+    for _ in range(3):
+        after = task.step(image)
+        assert task.loss(after) < task.loss(image)
+        image = after
+    far = torch.zeros(1, 1, 8, 8) - 0.9
+    assert (task.step(far) - far).square().mean().sqrt().item() == pytest.approx(0.1)
+
+
+def test_steps_of_a_linear_task_near_what_is_both_known_and_in_range() -> None:
+    """A single projection, cut off, no longer gives what is known."""
+    truth = (torch.rand(4, 1, 8, 8) < 0.5).float() * 2 - 1
+    task = tasks(truth)["deblur"]
+    moment = Moment(0, torch.tensor(500.0), None, "cosine")
+    left = [task.loss(Steered(task, Steering(steps=steps))._stepped(moment, torch.zeros_like(truth))).mean() for steps in (1, 3)]
+    assert left[1] < 0.8 * left[0] and left[0] > 0.01
+
+
+def test_below_a_noise_level_a_loss_no_longer_leads_and_a_linear_task_does() -> None:
+    pipeline, truth = small(), torch.rand(2, 1, 8, 8) * 2 - 1
+    steering = Steering(through=False, window=(0.0, 20.0), fooled=1.0, repeats=2)
+    evaluations: dict[str, int] = {}
+    for name in ("inpaint", "fulfil"):
+        guidance = Steered(tasks(truth)[name], steering)
+        images(pipeline, guidance=guidance)
+        evaluations[name] = guidance.cost.evaluations
+    assert 6 < evaluations["fulfil"] < evaluations["inpaint"]
+
+
+def test_a_second_call_knows_nothing_of_the_first() -> None:
+    pipeline, truth = small(), torch.rand(2, 1, 8, 8) * 2 - 1
+    guidance = Steered(tasks(truth)["inpaint"], Steering(reuse=4))
+    first = images(pipeline, guidance=guidance)
+    assert guidance._left > 0
+    torch.testing.assert_close(images(pipeline, guidance=guidance), first, rtol=0, atol=0)
 
 
 def gaussian(schedule: str = "cosine") -> MaskDMPipeline:
@@ -120,7 +159,11 @@ def test_a_window_a_kept_correction_and_settings_that_do_not_fit() -> None:
     task.step = lambda image: (asked.append(1), plain(task, image))[1]  # pyright: ignore
     images(pipeline, guidance=Steered(task, Steering(through=False, reuse=3)))
     assert len(asked) == 2  # of six steps
-    for wrong, text in (({"steps": -1}, "steps is -1"), ({"repeats": 0}, "repeats is 0"), ({"through": False, "steps": 0}, "neither")):
+    for wrong, text in (
+        ({"steps": -1}, "steps is -1"), ({"repeats": 0}, "repeats is 0"), ({"through": False, "steps": 0}, "neither"),
+        ({"strength": float("nan")}, "strength is nan"), ({"variance": 0.0}, "variance is 0"),
+        ({"window": (20.0, 0.02)}, "window is 20 to 0.02"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=text):
             Steering(**wrong)
 

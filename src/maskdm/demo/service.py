@@ -227,8 +227,9 @@ def _request(wish: Wish) -> SampleRequest:
 
 
 def _edit(wish: Wish, run: Path) -> EditRequest:
+    guidance = wish.guidance if wish.labels else None  # the page always gives one
     return EditRequest(
-        run, Path(), "inpaint", num=wish.num, steps=wish.steps, scheduler=wish.scheduler_name, guidance=wish.guidance,
+        run, Path(), "inpaint", num=wish.num, steps=wish.steps, scheduler=wish.scheduler_name, guidance=guidance,
         labels=wish.labels, seed=wish.seed,
     )  # fmt: skip
 

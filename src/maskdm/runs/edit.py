@@ -113,6 +113,10 @@ def edit_settings(request: EditRequest, config: Config) -> Sampling:
     """A run's settings with those that a request gives in their place. Raises UserError for those that do not go with tasks."""
     given = {key: getattr(request, key) for key in ("steps", "scheduler", "guidance") if getattr(request, key) is not None}
     settings = replace(config.sampling, **given)
+    if settings.guide == "label" and settings.guidance != 1 and not request.labels:
+        if request.guidance is not None:
+            raise UserError(f"--guidance {request.guidance:g} leads to classes, and none is named; give --labels, or leave it out")
+        settings = replace(settings, guidance=1.0)
     check_guidance(settings, config)
     if settings.scheduler in UNSUITED:
         raise UserError(f"scheduler {settings.scheduler} forgets what a task has put right; use ddim, dpm++, unipc or another")
@@ -149,7 +153,7 @@ def draw_task(
     if isinstance(asked.task, Inpaint):  # to the last bit, whatever the last step did
         images = torch.where(asked.task.where, asked.task.known, images)
     if guidance is None:
-        return images, Cost(evaluations=round(settings.steps * (0.6 if request.strength is None else request.strength)))
+        return images, Cost(evaluations=max(1, round(settings.steps * (0.6 if request.strength is None else request.strength))))
     return images, guidance.cost
 
 

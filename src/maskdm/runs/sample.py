@@ -227,6 +227,8 @@ def check_guidance(settings: Sampling, config: Config) -> None:
         low, high = config.model.dial
         if settings.guide != "label" or not low <= settings.guidance <= high:
             raise UserError(f"this network is told the guidance scale, from {low:g} to {high:g}; give one of these, and guide label")
+        if settings.guidance_window is not None or settings.guidance_rescale:
+            raise UserError("this network is told the guidance scale, and knows no guidance_window and no guidance_rescale; leave them out")
     if settings.guide == "auto":
         raise UserError("guide auto leads away from another network, which `maskdm sample --weak` names; a run's own is label or path")
     if settings.guide == "path" and not config.model.fuse:
@@ -247,6 +249,8 @@ def sampling_settings(config: Config, request: SampleRequest) -> Sampling:
     settings = replace(config.sampling, **given)
     if (settings.guide == "auto") != (request.weak is not None) or (settings.guide == "auto" and settings.guidance == 1):
         raise UserError("guide auto leads away from a weaker network: give --guide auto, --weak RUN and a --guidance above 1 together")
+    if request.negative is not None and config.model.dial is not None:
+        raise UserError("--negative: this network is told the guidance scale, and leads away from no class but none; leave it out")
     if request.negative is not None and (settings.guide != "label" or settings.guidance == 1):
         raise UserError("--negative names the class that guidance leads away from; give a --guidance above 1, and guide label")
     if settings.guide != "auto":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskdm.diffusion import Prediction, Schedule, alpha_sigma, convert
 from maskdm.errors import UserError
-from maskdm.sampling.tasks import Task
+from maskdm.sampling.tasks import Linear, Task
 
 Predict = Callable[[Tensor], Prediction]
 """What the network, guided by classes or not, predicts at x_t; differentiable where gradients are asked for."""
@@ -25,12 +25,17 @@ Predict = Callable[[Tensor], Prediction]
 
 @dataclass(frozen=True)
 class Moment:
-    """A step: its number, its time, the next step's (None: it is the last) and the noise schedule."""
+    """A step: its number, its time, the next step's (None: it is the last), the noise schedule, and whether images end at -1 and 1."""
 
     number: int
     t: Tensor
     after: Tensor | None
     schedule: Schedule
+    clip: bool = True
+
+    def in_range(self, image: Tensor) -> Tensor:
+        """A predicted image as the scheduler gets it."""
+        return image.clamp(-1, 1) if self.clip else image
 
     def scales(self, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """alpha and sigma, of this step's time or another; of a clean image before the first."""
@@ -55,8 +60,9 @@ class Steering:
 
     through: by the gradient through the network, too. steps: of the task's own on the predicted image. strength: of both. repeats: times
     that a step is taken; falling: no more of them once one lowers the loss by less than a tenth. window: noise levels (sigma / alpha) at
-    which it acts. reuse: evaluations for which the gradient through the network is kept (without one, what the task's own steps changed),
-    this one counted. variance: of an image's values, which says how far the gradient goes.
+    which it acts; fooled: below this one a task that is not linear does not, for what it changes there it alone sees. reuse: evaluations
+    for which the gradient through the network is kept (without one, what the task's own steps changed), this one counted. variance: of an
+    image's values, which says how far the gradient goes.
     """
 
     through: bool = True
@@ -65,6 +71,7 @@ class Steering:
     repeats: int = 1
     falling: bool = False
     window: tuple[float, float] = (0.0, float("inf"))
+    fooled: float = 0.0
     reuse: int = 1
     variance: float = 1.0
 
@@ -74,13 +81,18 @@ class Steering:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.steps == 0 and not self.through:
             raise UserError("neither the gradient through the network nor a step of the task's own is taken; ask for one")
+        for name in ("strength", "variance"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name):g}; it must be above 0")
+        if not self.window[0] < self.window[1]:
+            raise UserError(f"window is {self.window[0]:g} to {self.window[1]:g}; give two noise levels, the lower one first")
 
 
 Method = Literal["full", "cheap", "project"]
 
 METHODS: dict[Method, Steering] = {
     "full": Steering(through=True, steps=2, repeats=4),
-    "cheap": Steering(through=True, steps=3, repeats=2, window=(0.02, 20.0), reuse=4),
+    "cheap": Steering(through=True, steps=3, repeats=2, window=(0.02, 20.0), fooled=0.1, reuse=4),
     "project": Steering(through=False, steps=1),
 }
 """full: universal guidance; cheap: with a pass back through the network in every fourth evaluation (docs/editing.md); project: of a linear
@@ -108,8 +120,12 @@ class Steered:
 
     def __call__(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Tensor, Prediction]:
         """As `Guidance` has it."""
+        if moment.number == 0:  # of other images, it may be, than those of the call before
+            self._kept, self._left = None, 0
         alpha, sigma = moment.scales()
         low, high = self.steering.window
+        if not isinstance(self.task, Linear):
+            low = max(low, self.steering.fooled)
         if not low <= float(sigma / alpha.clamp(min=1e-8)) <= high:
             return x, self._predict(x, predict)
         loss: float | None = None
@@ -135,20 +151,20 @@ class Steered:
             self._left -= 1
             prediction = self._predict(x, predict)
             moved = prediction.x0 + self._kept
-            return self._at(moment, x, self._stepped(moved) if through else moved), prediction.x0
+            return self._at(moment, x, self._stepped(moment, moved) if through else moved), prediction.x0
         if through:
             prediction, moved = self._through(moment, x, predict)
         else:
             prediction = self._predict(x, predict)
             moved = prediction.x0
-        led = self._stepped(moved)
+        led = self._stepped(moment, moved)
         self._kept, self._left = (moved if through else led) - prediction.x0, self.steering.reuse - 1
         return self._at(moment, x, led), prediction.x0
 
-    def _stepped(self, image: Tensor) -> Tensor:
-        """The task's own steps, from an image."""
+    def _stepped(self, moment: Moment, image: Tensor) -> Tensor:
+        """The task's own steps, from an image; of a linear task in turns with the range, so that the image nears what is in both."""
         for _ in range(self.steering.steps):
-            image = torch.lerp(image, self.task.step(image), self.steering.strength)
+            image = moment.in_range(torch.lerp(image, self.task.step(image), self.steering.strength))
         return image
 
     def _through(self, moment: Moment, x: Tensor, predict: Predict) -> tuple[Prediction, Tensor]:
@@ -170,7 +186,7 @@ class Steered:
         return found, found.x0 - factor[:, None, None, None].to(gradient) * gradient
 
     def _at(self, moment: Moment, x: Tensor, image: Tensor) -> Prediction:
-        return convert(moment.schedule, "x0", image.clamp(-1, 1), x, moment.t.to(x).expand(len(x)))
+        return convert(moment.schedule, "x0", moment.in_range(image), x, moment.t.to(x).expand(len(x)))
 
     def _again(self, moment: Moment, x: Tensor, prediction: Prediction) -> Tensor:
         """x_t anew: a step to the next time, and noise back (arXiv 2302.07121, algorithm 1)."""

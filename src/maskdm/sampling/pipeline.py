@@ -112,7 +112,7 @@ class MaskDMPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         x, begin = self._noised(image, x, strength)
         predict = partial(self._predicted, labels=labels, lead=lead, asked=asked, limit=limit)
-        x = self._stepped(x, begin, predict, guidance, self._accepted(generator, eta), on_step)
+        x = self._stepped(x, begin, predict, guidance, limit is not None, self._accepted(generator, eta), on_step)
         images = self._as(output_type, (self.to_pixels(x) / 2 + 0.5).clamp(0, 1))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -131,6 +131,7 @@ class MaskDMPipeline(DiffusionPipeline):
         begin: int,
         predict: Callable[[Tensor, Tensor], Prediction],
         guidance: Guidance | None,
+        clip: bool,
         extra: dict[str, Any],
         on_step: Callable[[int, Tensor], None] | None,
     ) -> Tensor:
@@ -142,7 +143,8 @@ class MaskDMPipeline(DiffusionPipeline):
             if guidance is None:
                 prediction = predict(seen, t)
             else:
-                moment = Moment(number, t, times[number + 1] if number + 1 < len(times) else None, self.config["schedule"])
+                after = times[number + 1] if number + 1 < len(times) else None
+                moment = Moment(number, t, after, self.config["schedule"], clip)
                 changed, prediction = guidance(moment, seen, lambda noisy, t=t: predict(noisy, t))
                 x = changed * (x.norm() / seen.norm()) if changed is not seen else x  # schedulers may hold it at another scale
             output = getattr(prediction, TARGETS[prediction_type(scheduler)])

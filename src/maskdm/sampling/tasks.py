@@ -162,9 +162,11 @@ class Fulfil:
         return self.function(image)
 
     def step(self, image: Images) -> Images:
-        """A step of a fixed length against the gradient."""
+        """A step against the gradient, of the length TURN; of Polyak's (1969) to a loss of 0 where that is shorter, so that it settles."""
         with torch.enable_grad():
             image = image.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.function(image).sum(), image)
-        size = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-        return image.detach() - TURN * gradient / size.clamp(min=1e-12)
+            loss = self.function(image)
+            (gradient,) = torch.autograd.grad(loss.sum(), image)
+        square = gradient.square().flatten(1).sum(1).clamp(min=1e-24)
+        most = TURN * (gradient[0].numel() / square).sqrt()
+        return image.detach() - torch.minimum(most, loss.detach().clamp(min=0) / square)[:, None, None, None] * gradient
