@@ -162,11 +162,18 @@ class Fulfil:
         return self.function(image)
 
     def step(self, image: Images) -> Images:
-        """A step against the gradient, of the length TURN; of Polyak's (1969) to a loss of 0 where that is shorter, so that it settles."""
+        """A step of a fixed length against the gradient; one that would raise the loss is no longer than Polyak's (1969) to a loss of 0.
+
+        So it settles where the loss is fulfilled, and is not slowed where a step leads further, as that of a classifier does.
+        """
         with torch.enable_grad():
             image = image.detach().requires_grad_()
             loss = self.function(image)
             (gradient,) = torch.autograd.grad(loss.sum(), image)
+        image, loss = image.detach(), loss.detach()
         square = gradient.square().flatten(1).sum(1).clamp(min=1e-24)
-        most = TURN * (gradient[0].numel() / square).sqrt()
-        return image.detach() - torch.minimum(most, loss.detach().clamp(min=0) / square)[:, None, None, None] * gradient
+        length = TURN * (gradient[0].numel() / square).sqrt()
+        with torch.no_grad():
+            worse = self.function(image - length[:, None, None, None] * gradient) > loss
+        length = torch.where(worse, torch.minimum(length, loss.clamp(min=0) / square), length)
+        return image - length[:, None, None, None] * gradient
