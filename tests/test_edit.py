@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from PIL import Image
 from test_sample_command import TRAIN, picture, run  # noqa: F401 - the fixture
 
 from maskdm.cli import run_command
+from maskdm.errors import UserError
+from maskdm.runs import Display
+from maskdm.runs.directory import RunDirectory
+from maskdm.runs.sets import dataset_of
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def test_palettes_classes_and_sketches(run: Path, images: Path, tmp_path: Path) 
     few = edited(run, tmp_path / "few", "--task", "palette", "--colours", "#000000,#ffffff")
     shades = np.asarray(picture(tmp_path / "few" / "edit-000000.png")).astype(int)
     assert np.minimum(shades, 255 - shades).mean() < 40 and few["method"] == "cheap"
-    three = edited(run, tmp_path / "three", "--task", "classify", "--target", "3")
+    three = edited(run, tmp_path / "three", "--task", "classify", "--target", "3", "--data", "digits")
     hardly = edited(run, tmp_path / "hardly", "--task", "classify", "--target", "3", "--strength", "0.01")
     assert three["loss"] < 0.9 * hardly["loss"]
     sketch = ["--task", "sketch", "--image", str(images / "digit.png"), "--simulate", "--strength"]
@@ -88,6 +93,7 @@ def test_palettes_classes_and_sketches(run: Path, images: Path, tmp_path: Path) 
         (["--task", "deblur", "--image", "text.png"], "text.png cannot be read as an image"),
         (["--task", "deblur", "--image", "digit.png", "--mask", "mask.png"], "leave it out of deblur"),
         (["--task", "colourise", "--image", "digit.png"], "draws gray images"),
+        (["--task", "deblur", "--image", "digit.png", "--data", "digits"], "--data belongs to task classify"),
         (["--task", "classify"], "--target belongs to task classify: give it"),
         (["--task", "classify", "--target", "eleven"], "'eleven' is no class"),
         (["--task", "deblur", "--image", "digit.png", "--scheduler", "heun"], "scheduler heun forgets"),
@@ -108,3 +114,10 @@ def test_what_does_not_fit_is_said(
     assert run_command(["edit", str(run), "--out", str(tmp_path), "--num", "2", "--steps", "2", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+def test_images_that_have_moved_are_missed_with_the_way_out(run: Path) -> None:  # noqa: F811
+    found = RunDirectory.existing(run)
+    config = found.config()
+    with pytest.raises(UserError, match=r"'gone' is no folder.* was trained on it: go where it was trained, or give --data"):
+        dataset_of(found, replace(config, data=replace(config.data, source="gone")), None, Display(quiet=True))

@@ -33,6 +33,7 @@ class Edit:
     blur: Annotated[float, arg(help="for deblur: deviation of the blur, in pixels")] = 1.0
     colours: Annotated[str | None, arg(help="for palette: #rrggbb, with commas between")] = None
     target: Annotated[str | None, arg(help="for classify: class, or mixture of classes, that a small network is to see")] = None
+    data: Annotated[str | None, arg(help="for classify: the images, where those that RUN was trained on have moved")] = None
     prompt: Annotated[str | None, arg(help="for text: what a CLIP network is to see, such as 'a red flower'")] = None
     clip: Annotated[Path | None, arg(help="for text: folder of a CLIP network with its tokenizer, as transformers saves it")] = None
     strength: Annotated[float | None, arg(help="of the task, 1; of a sketch: how much is drawn anew, 0 to 1; 0.6 if left out")] = None

@@ -57,6 +57,7 @@ class EditRequest:
     blur: float = 1.0
     colours: str | None = None
     target: str | None = None
+    data: str | None = None
     prompt: str | None = None
     clip: Path | None = None
     strength: float | None = None
@@ -183,6 +184,8 @@ def _asked(request: EditRequest, pipeline: maskdm.MaskDMPipeline, config: Config
         value = getattr(request, name)
         if (value is not None) != (request.task == task):
             raise UserError(f"--{name} belongs to task {task}: " + ("give it" if value is None else f"leave it out of {request.task}"))
+    if request.data is not None and request.task != "classify":
+        raise UserError(f"--data belongs to task classify: leave it out of {request.task}")
     match request.task:
         case "palette":
             assert request.colours is not None
@@ -270,11 +273,12 @@ def _colours(text: str, channels: int) -> Tensor:
 def _classify(request: EditRequest, config: Config, machine: Machine, display: Display) -> Task:
     """Towards a class, as a small network sees it that is trained on the run's images."""
     assert request.target is not None
-    dataset = dataset_of(RunDirectory.existing(request.run), replace(config, data=replace(config.data, conditional=True)), None, display)
+    labelled = replace(config, data=replace(config.data, conditional=True))
+    dataset = dataset_of(RunDirectory.existing(request.run), labelled, request.data, display)
     if not dataset.class_names:
         raise UserError("task classify needs images with classes, and those of this run have none")
     wanted = parse_label(list(dataset.class_names), request.target)
-    training, heldout = sets_of(replace(config, data=replace(config.data, conditional=True)), dataset)
+    training, heldout = sets_of(labelled, dataset)
     network = choose_network("self", training, heldout, 0, machine.device, Ranks(), display)
     assert isinstance(network, SelfNetwork)
     shares = torch.zeros(len(dataset.class_names), device=machine.device)

@@ -25,7 +25,13 @@ GOLDEN = (5**0.5 - 1) / 2
 
 def dataset_of(run: RunDirectory, config: Config, data: str | None, display: Display) -> Dataset:
     """The data that a run was trained on, found at `data` where it has moved. Raises UserError where it is other data."""
-    source = open_source(data or config.data.source)
+    try:
+        source = open_source(data or config.data.source)
+    except UserError as error:
+        if data is not None:
+            raise
+        way = "go where it was trained, or give --data to `maskdm evaluate`, `edit` or `distil`"
+        raise UserError(f"{error}; {run.path} was trained on it: {way}") from None
     with display.counting("decoding images") as progress:
         dataset = prepare(source, config.data, cache_directory(), progress)
     known = run.info()["data"]
