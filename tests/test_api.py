@@ -31,7 +31,7 @@ PUBLIC = {
         "DenoisingLoss", "Estimate", "Evaluation", "Extractor", "FeatureNetwork", "ImageSet", "Images",
         "KernelDistance", "Labels", "Manifold", "Matches", "Neighbours", "Progress", "Searcher", "SelfNetwork",
         "Statistics", "Subject", "cached_self", "colour_drift", "denoising_loss", "digest", "evaluate_samples", "fill",
-        "frechet_distance", "frechet_halves", "frechet_infinity", "frechet_standard_error", "is_self",
+        "frechet_distance", "frechet_halves", "frechet_infinity", "frechet_ratio", "frechet_standard_error", "is_self",
         "kernel_distance", "load_network", "load_self", "manifold", "nearest", "overfitting", "train_self",
     ],
     "maskdm.export": ["CODE", "SAMPLER", "Facts", "bundle", "card", "write_folder", "write_onnx", "write_program"],
