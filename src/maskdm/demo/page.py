@@ -44,7 +44,8 @@ class Page(gr.Blocks):
                 raise UserError("a file that was not uploaded")
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except Exception as error:
-            log.warning("a request of the page was refused: %r", error)
+            if not isinstance(error, UserError):  # a stranger's, or a defect of ours
+                log.warning("a request of the page was refused: %r", error)
             raise gr.Error("this is no request of this page's; load it again", print_exception=False) from error
 
 
