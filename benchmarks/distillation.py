@@ -35,6 +35,7 @@ from maskdm.evaluation import (
     kernel_distance,
     manifold,
 )
+from maskdm.evaluation.evaluate import MOST_MANIFOLD
 from maskdm.evaluation.intervals import share
 from maskdm.models import build
 from maskdm.runs import Display
@@ -44,9 +45,6 @@ from maskdm.runs.sample import draw_images
 from maskdm.runs.sets import dataset_of, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, class_names, load_pipeline, make_pipeline, state_hash
 from maskdm.sampling import MaskDMPipeline, make_scheduler
-
-MOST_MANIFOLD = 10_000
-"""Training images that precision and recall go by, as those of `maskdm evaluate`."""
 
 COLUMNS = ("frechet_distance", "ratio", "kernel_distance", "class_accuracy", "precision", "recall")
 
