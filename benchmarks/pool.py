@@ -29,6 +29,9 @@ def pooled(records: list[dict[str, Any]]) -> tuple[Contest, dict[str, Any]]:
     arms = [name for name in first["arms"] if all(name in record["arms"] for record in records)]
     if not arms:
         raise UserError("the comparisons have no arm in common")
+    for name in arms:
+        if any("specs" not in record or record["specs"][name] != first["specs"][name] for record in records):
+            raise UserError(f"arm {name} is not the same in all of them, or one is of an older version: the same command again renews it")
     for record in records[1:]:
         for key in SAME:
             if record[key] != first[key]:
@@ -44,7 +47,7 @@ def pooled(records: list[dict[str, Any]]) -> tuple[Contest, dict[str, Any]]:
         for arm in arms
     }
     contest = Contest(curves, finals, first["unit"], frozenset(first["decaying"]))
-    about = {key: first[key] for key in ("budget", "data", "data_hash", "config", "heldout_images")}
+    about = {key: first[key] for key in ("budget", "data", "data_hash", "config", "heldout_images", "specs", "networks")}
     return contest, about | {"seeds": len(seeds), "pooled_seeds": seeds, "environments": [record["environment"] for record in records]}
 
 

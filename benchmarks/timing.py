@@ -59,8 +59,8 @@ def interleave(arms: Sequence[Arm], device: torch.device, repeats: int, warm: in
             started, count = time.perf_counter(), 0
             while count == 0 or (number >= 0 and time.perf_counter() - started < least):
                 arm.step(number + warm)
-                synchronize(device)
                 count += 1
+            synchronize(device)  # at the end alone: training does not wait after each step either
             if number >= 0:
                 arm.seconds.append((time.perf_counter() - started) / count)
 

@@ -45,7 +45,10 @@ def test_all_stages_learn_at_one_rate_so_that_none_gains_by_its_fall() -> None:
 
 
 def test_the_control_of_a_rate_that_falls_can_be_written() -> None:
-    assert [(s.mask, s.lr) for s in parse_arm("whole@50+whole/lr=3e-4", BASE).stages] == [(NoMask(), 1.5e-3), (NoMask(), 3e-4)]
+    arm = parse_arm("whole@50+whole/lr=3e-4", BASE)
+    assert [(s.mask, s.lr) for s in arm.stages] == [(NoMask(), 1.5e-3), (NoMask(), 3e-4)]
+    assert arm.decays and parse_arm("whole/decay=cosine", BASE).decays
+    assert not parse_arm("maskdm", BASE).decays and not parse_arm("whole@50/lr=1e-4+whole", BASE).decays
 
 
 def test_a_family_without_a_rate_has_its_papers() -> None:

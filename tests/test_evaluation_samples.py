@@ -220,6 +220,23 @@ def test_counts_keys_and_provenance_are_ready_for_json(extractor: Extractor, dig
     }
 
 
+def test_samples_are_compared_with_another_reference_and_copies_sought_among_the_training_images(
+    extractor: Extractor, digits: Digits
+) -> None:
+    """A network that repeats its 100 training images is not near to 979 others for it, and is found out."""
+    train, _, rest, _ = digits
+    few, others, heldout = image_set(train[:100], "few"), image_set(train[100:], "others"), image_set(rest[:359], "heldout")
+    samples = image_set(train[:100].repeat(3, 1, 1, 1), "repeated")
+    against_few = evaluate_samples(extractor, Subject(samples, few, heldout), {})
+    found = evaluate_samples(extractor, Subject(samples, few, heldout, reference=others), {})
+    assert found.measures["reference"] == "979 of 979 images not trained on"
+    assert copies(found)["share"] == copies(against_few)["share"] == 1
+    assert number(against_few, "frechet_distance") == pytest.approx(0, abs=1e-3) and number(found, "frechet_distance") > 0.1
+    assert max(pair.training for pair in found.neighbours) < 100
+    drawn = evaluate_samples(extractor, Subject(samples, few, heldout, reference=others), {}, 50)
+    assert drawn.measures["reference"] == "50 of 979 images not trained on, drawn with seed 0" and copies(drawn)["share"] == 1
+
+
 def test_neighbours_in_a_drawn_reference_are_places_of_the_whole_training_set(extractor: Extractor, digits: Digits) -> None:
     found = evaluate(extractor, digits, digits[0], max_reference=200)
     drawn = np.sort(np.random.default_rng(0).choice(len(digits[0]), 200, replace=False))

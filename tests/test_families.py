@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.arithmetic import flops, ideal_speedup, tokens_per_image
 from maskdm.config import (
+    BlockMask,
     Budget,
     Config,
+    CropMask,
     Data,
     DecodeMask,
     DeferMask,
@@ -89,6 +91,14 @@ def test_at_rate_zero_each_equals_the_whole_model(model: Model, mask: Mask, fuse
     assert route.kept is not None
     some = replace(route, kept=route.kept[:2])
     torch.testing.assert_close(found(x, t, torch.tensor([0, 1]), None, some).sample, found(x, t, torch.tensor([0, 1])).sample)
+
+
+@both
+@pytest.mark.parametrize("mask", [PatchMask(0.0), BlockMask(0.0, 2), CropMask(8), ReduceMask(1), ViewsMask(1)])
+def test_what_hides_nothing_at_the_door_trains_as_whole_images_do(model: Model, mask: Mask) -> None:
+    for here, there in zip(trainer(config(model, mask)).run(), trainer(config(model, NoMask())).run(), strict=True):
+        torch.testing.assert_close(here.loss, there.loss)
+        torch.testing.assert_close(here.grad_norm, there.grad_norm)
 
 
 @both
@@ -255,7 +265,7 @@ def test_pieces_change_no_step_and_losses_fall(model: Model, mask: Mask) -> None
 
 
 @both
-@pytest.mark.parametrize("mask", [NoMask(), *FAMILIES])
+@pytest.mark.parametrize("mask", [NoMask(), BlockMask(0.75, 2), CropMask(4), *FAMILIES])
 def test_flops_are_those_that_torch_counts(model: Model, mask: Mask) -> None:
     """Beyond the blocks torch counts embeddings and heads, of images and of time; wide blocks make that little."""
     wide = replace(fit(model, mask), width=256, heads=4, depth=9 if isinstance(model, UViTConfig) else 8)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from maskdm.config import BlockMask, CropMask, Mask, NoMask, PatchMask
-from maskdm.masking import draw, hidden_rate, num_kept, take
+from maskdm.config import BlockMask, CropMask, DecodeMask, DeferMask, Mask, NoMask, PatchMask, RouteMask, ViewsMask
+from maskdm.masking import draw, draw_route, hidden_rate, num_kept, take
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -97,6 +97,21 @@ def test_crop_is_one_window_at_every_place_equally_often() -> None:
     assert counts.sum() == 9000
     statistic = ((counts - 1000) ** 2 / 1000).sum()
     assert chi2.ppf(0.0001, 8) < statistic < chi2.ppf(0.9999, 8)
+
+
+@pytest.mark.parametrize("mask", [PatchMask(0.75), BlockMask(0.5, 2), CropMask(3), ViewsMask(4)])
+def test_many_generators_draw_what_each_draws_alone(mask: Mask) -> None:
+    together = draw(mask, 24, (8, 8), *(generator(seed) for seed in range(3)))
+    alone = [draw(mask, 8, (8, 8), generator(seed)) for seed in range(3)]
+    assert together is not None and torch.equal(together, torch.cat([kept for kept in alone if kept is not None]))
+
+
+@pytest.mark.parametrize("mask", [RouteMask(0.5, 1), RouteMask(0.75, 1, True), DeferMask(0.75), DecodeMask(0.5)])
+def test_and_so_do_routes(mask: Mask) -> None:
+    together = draw_route(mask, 24, (8, 8), *(generator(seed) for seed in range(3)))
+    alone = [draw_route(mask, 8, (8, 8), generator(seed)) for seed in range(3)]
+    assert together is not None and together.kept is not None
+    assert torch.equal(together.kept, torch.cat([route.kept for route in alone if route is not None and route.kept is not None]))
 
 
 def test_take_gathers_and_none_keeps_all() -> None:

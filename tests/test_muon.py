@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from maskdm.config import Budget, Config, NoMask, Optimizer, PatchMask, Stage
 from maskdm.data import Dataset, Loader, open_source, prepare
@@ -50,6 +51,27 @@ def test_it_takes_the_matrices_of_the_blocks(model: UViT | DiT) -> None:
     assert all("blocks" in name for name in taken) and not any("modulation" in name or "embedding" in name for name in taken)
     every = [p for group in make_optimizer(model, MUON, 1e-3).param_groups for p in group["params"]]
     assert len(every) == len(set(every)) == len(names)
+
+
+def test_its_arithmetic_is_what_torch_counts() -> None:
+    optimizer = make_optimizer(DiT(8, 1, 2, 32, 2, 2), MUON, 1e-3)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert optimizer.flops == counter.get_total_flops() > 0
+    assert make_optimizer(DiT(8, 1, 2, 32, 2, 2), Optimizer(), 1e-3).flops == 0
+
+
+def test_weights_that_stand_still_elsewhere_do_not_keep_it_from_the_blocks() -> None:
+    """A table of positions that is not learned, as MaskDiT has it; adapters, whose blocks stand still, are AdamW's."""
+    model = UViT(8, 1, 2, 32, 3, 2)
+    model.positions.weight.requires_grad_(False)
+    assert make_optimizer(model, MUON, 1e-3).flops > 0
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in model.hidden_matrices())
+    assert make_optimizer(model, MUON, 1e-3).flops == 0
 
 
 def test_a_step_has_the_stated_size_and_no_direction_is_longer() -> None:

@@ -34,6 +34,8 @@ def record(seed: int, gain: float) -> dict[str, Any]:
         "environment": {"machine": seed},
         "features": {"name": "onnx"},
         "arms": {"whole": {}, "masked": {}},
+        "specs": {"whole": {"stages": 1}, "masked": {"stages": 2}},
+        "networks": {},
         "finals": {"whole": [final], "masked": [final]},
         "curves": {"whole": [curve(1.0)], "masked": [curve(gain)]},
     }
@@ -62,6 +64,12 @@ def test_a_seed_counts_once() -> None:
     with pytest.raises(UserError, match="in common"):
         pooled([record(0, 1.5), record(0, 1.5)])
     without = copy.deepcopy(record(1, 1.5))
+    without["specs"]["whole"] = {"stages": 3}
+    with pytest.raises(UserError, match="arm whole is not the same"):
+        pooled([record(0, 1.5), without])
+    del without["specs"]
+    with pytest.raises(UserError, match="arm whole is not the same in all of them, or one is of an older version"):
+        pooled([record(0, 1.5), without])
     without["arms"] = {"other": {}}
     with pytest.raises(UserError, match="no arm in common"):
         pooled([record(0, 1.5), without])

@@ -74,3 +74,27 @@ def test_a_model_that_memorised_is_told_from_one_that_did_not(
     assert ("It copies" in " ".join(found["verdicts"])) == copies, found["verdicts"]
     assert (found["copies"]["share"] > 0.3) == copies
     assert (found["denoising"]["gap_interval"][0] > 0.1 * found["denoising"]["train"]) == copies
+
+
+COMPILED = """
+import torch
+from benchmarks.ours import OurStep
+from maskdm.config import DiTConfig, NoMask, PatchMask, UViTConfig
+
+for model in (DiTConfig(32, 2, 2, 2), UViTConfig(32, 3, 2, 2)):
+    for mask in (PatchMask(0.5), NoMask()):
+        losses = []
+        for compiled in (False, True):
+            steps = OurStep(model, 8, 8, mask, "fp32", torch.device("cpu"), compiled).trainer.run()
+            losses.append(torch.stack([next(steps).loss.detach() for _ in range(4)]))
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+counters = torch._dynamo.utils.counters
+print(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+"""
+
+
+def test_a_compiled_step_is_the_eager_one_and_each_network_is_one_graph_a_mask() -> None:
+    """In a process of its own, as users have it: the checks of shapes in tests are what torch.compile cannot see through."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["4", "0"]

@@ -71,8 +71,23 @@ def test_verdicts_speak_of_what_was_spent() -> None:
 
 def test_a_loss_reached_before_the_first_measurement_gives_a_bound() -> None:
     bad = Curve(COSTS, tuple(0.9 - 0.001 * cost for cost in COSTS))
-    assert "only a bound" in compare_curves("maskdm", [bad], "whole", [curve()]).text
-    assert "only a bound" not in compare_curves("maskdm", [curve(1.3)], "whole", [curve()]).text
+    for seeds in (1, 3):
+        found = compare_curves("maskdm", [bad] * seeds, "whole", [curve()] * seeds)
+        assert found.text.startswith("whole reaches maskdm's best held-out loss at least 20.00x sooner") and "a bound" in found.text
+        assert (found.bound, found.low, found.high) == (True, None, None) and found.speedup == pytest.approx(1 / 20)
+    assert not compare_curves("maskdm", [curve(1.3)], "whole", [curve()]).bound
+
+
+def test_the_one_that_ends_better_is_never_called_the_slower_one() -> None:
+    """It turns up, or has levelled out, where the other goes on falling: sooner at what both reach, and never as low."""
+    up = Curve(COSTS, tuple(0.06 + 0.002 * abs(cost - 6) for cost in COSTS))
+    level = Curve(COSTS, tuple(max(0.06, 0.09 - 0.01 * cost) for cost in COSTS))
+    falling = Curve(COSTS, tuple(0.078 - 0.0015 * cost for cost in COSTS))
+    for early in (up, level):
+        assert early.best == 0.06 > falling.best
+        assert speed_up(falling, early) == speed_up(early, falling) == 1
+        found = compare_curves("maskdm", [falling] * 3, "whole", [early] * 3)
+        assert found.text.startswith("no difference shown") and "does not get as low" in found.text
 
 
 def test_an_interval_is_told_in_the_direction_of_its_words() -> None:

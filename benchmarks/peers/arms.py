@@ -42,7 +42,7 @@ class Source:
 
 
 PEERS = {
-    # its own kinds of mask on kept patches alone; mask and learning rate as our recipe sets them, and half of the budget each, as published
+    # its own kinds of mask on kept patches alone; mask, learning rate and share of the budget as our recipe sets them
     "authors": Source(Authors, "maskdm", (NoMask, PatchMask, BlockMask, CropMask, ViewsMask), "jiachenlei/maskdm", "models/mask_uvit.py"),
     "uvit": Source(UViT, repository="baofff/U-ViT", file="libs/uvit.py"),
     # half of the patches hidden, and whole images for a twentieth of the steps, as its published configurations have it
@@ -139,9 +139,12 @@ def _network(source: Source, make: Make, shape: Shape, origin: dict[str, str], m
         size |= {"blocks": shape.depth, "heads": shape.heads, "patch": shape.patch}
     if source.network is MaskDiT:
         size |= dict(zip(("decoder_width", "decoder_blocks"), decoder_of(shape), strict=True))
+    counted = make(shape)
+    hidden = counted.hidden_matrices()
+    matrices = sum(p.numel() for name, p in counted.named_parameters() if name in hidden)
+    size["share_for_muon"] = round(matrices / sum(p.numel() for p in counted.parameters()), 3)
     words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in size.items())
     near = ", ".join(f"{match[key]['its'] / match[key]['ours']:.2f} of our {key}" for key in ("flops", "parameters"))
     note = f"{origin['source']}, {words}, {match['parameters']['its'] / 1e6:.2f} M parameters: {near}, matched by {match['matched']}"
-    counted = make(shape)
     flops = {mask: sizes.work(counted, mask) for mask in {NoMask(), *masks}}
     return Network(note, {**origin, **size, **match}, flops, lambda classes: make(replace(shape, classes=classes)))

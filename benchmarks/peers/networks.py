@@ -146,6 +146,10 @@ class UNet(PeerDenoiser):
         """The output for whole images."""
         return self.ask(images, t, class_labels=labels).sample
 
+    def hidden_matrices(self) -> set[str]:
+        """Attention's alone: most of it are convolutions, and what shifts by the time is no map between hidden states."""
+        return {name for name in super().hidden_matrices() if "time_emb" not in name}
+
 
 def decoder_of(shape: Shape) -> tuple[int, int]:
     """Width and blocks of MaskDiT's decoder, in its published proportion, the width in multiples of its 32 a head."""

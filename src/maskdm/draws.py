@@ -48,11 +48,13 @@ def _of_images(uniform: Tensor, views: int) -> Tensor:
     return uniform.reshape(-1, views)[:, :1].expand(-1, views).flatten()
 
 
-def _route(config: Config, routes: list[Route], here: slice, uniform: Tensor) -> Route | None:
-    """The route of the whole piece. Half of the images without a label go without a network's inner blocks too, where it can do without."""
-    kept = [route.kept for route in routes if route.kept is not None]
+def _route(config: Config, route: Route | None, here: slice, uniform: Tensor) -> Route | None:
+    """The route of the piece. Half of the images without a label go without a network's inner blocks too, where it can do without."""
     fuse = config.model.fuse
-    route = replace(routes[0], kept=torch.cat(kept)[here]) if routes else Route(None, fuse, fuse) if fuse else None
+    if route is None:
+        route = Route(None, fuse, fuse) if fuse else None
+    elif route.kept is not None:
+        route = replace(route, kept=route.kept[here])
     return replace(route, shallow=uniform < config.diffusion.label_drop / 2) if route is not None and fuse else route
 
 
@@ -79,23 +81,13 @@ def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, coun
     Noise is drawn last, for the patches that enter alone: a sample's time, label and mirroring are the same under every mask.
     """
     grid, features = config.grid, config.data.field_channels * config.model.side**2
-    uniforms: list[Tensor] = []
-    noises: list[Tensor] = []
-    masks: list[Tensor] = []
-    routes: list[Route] = []
+    blocks = range(first // ROWS, (first + count - 1) // ROWS + 1)
+    generators = [torch.Generator(device).manual_seed(derive(seed, step, block)) for block in blocks]
+    here, rows = slice(first % ROWS, first % ROWS + count), ROWS * len(blocks)
+    uniform = torch.cat([torch.rand(ROWS, 3, generator=each, device=device) for each in generators])[here]
+    kept, route = draw(mask, rows, grid, *generators), draw_route(mask, rows, grid, *generators)
     entering = num_entering(mask, grid)
-    for block in range(first // ROWS, (first + count - 1) // ROWS + 1):
-        generator = torch.Generator(device).manual_seed(derive(seed, step, block))
-        uniforms.append(torch.rand(ROWS, 3, generator=generator, device=device))
-        kept = draw(mask, ROWS, grid, generator)
-        if kept is not None:
-            masks.append(kept)
-        route = draw_route(mask, ROWS, grid, generator)
-        if route is not None:
-            routes.append(route)
-        noises.append(torch.randn(ROWS, entering, features, generator=generator, device=device))
-    here = slice(first % ROWS, first % ROWS + count)
-    uniform = torch.cat(uniforms)[here]
+    noise = torch.cat([torch.randn(ROWS, entering, features, generator=each, device=device) for each in generators])[here]
     share = uniform[:, 0]
     if config.diffusion.stratified:
         number, views = torch.arange(first, first + count, device=device), num_sequences(mask)
@@ -103,9 +95,9 @@ def draw_step(config: Config, mask: Mask, seed: int, step: int, first: int, coun
         share = (stratum + share) / batch
     return Draws(
         t=draw_times(config.diffusion, share),
-        kept=torch.cat(masks)[here] if masks else None,
-        route=_route(config, routes, here, uniform[:, 1]),
-        noise=torch.cat(noises)[here],
+        kept=None if kept is None else kept[here],
+        route=_route(config, route, here, uniform[:, 1]),
+        noise=noise,
         drop=uniform[:, 1] < config.diffusion.label_drop,
         flip=_of_images(uniform[:, 2], num_sequences(mask)) < config.data.flip,
         reduced=reduction(mask),

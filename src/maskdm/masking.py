@@ -6,6 +6,7 @@ shapes stay static. The model gathers by these indices, the objective reads them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,11 +88,12 @@ def hidden_rate(mask: Mask, grid: Grid) -> float:
     return 1 - num_kept(mask, grid) / (grid[0] * grid[1])
 
 
-def draw(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -> Kept | None:
-    """Draw the patches of each of `batch` sequences that enter, on the generator's device; None when all do.
+def draw(mask: Mask, batch: int, grid: Grid, *generators: torch.Generator) -> Kept | None:
+    """Draw the patches of each of `batch` sequences that enter, on the generators' device; None when all do.
 
     The indices are int64 [batch, kept], sorted, with the same `kept` = num_kept(mask, grid) for all. Of a ViewsMask consecutive
-    sequences are of one image, and `batch` is a multiple of its groups.
+    sequences are of one image. Each generator draws for an equal share of the sequences, in order, as it would alone; a share is a
+    multiple of a ViewsMask's groups. One call for many sorts once: on a GPU many small sorts would cost more than what they save.
     """
     kept = num_kept(mask, grid)
     if kept == grid[0] * grid[1]:
@@ -100,58 +102,62 @@ def draw(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -> Kept
         case NoMask() | RouteMask() | DeferMask() | DecodeMask() | ReduceMask():
             return None
         case ViewsMask(groups=groups):
-            order = _random_order(batch // groups, grid[0] * grid[1], generator)
+            order = _random_order(batch // groups, grid[0] * grid[1], generators)
             return order[:, : groups * kept].reshape(batch, kept).sort(dim=1).values
         case PatchMask():
-            return _random_subset(batch, grid[0] * grid[1], kept, generator)
+            return _random_subset(batch, grid[0] * grid[1], kept, generators)
         case BlockMask(size=size):
-            return _blocks(batch, grid, size, kept // size**2, generator)
+            return _blocks(batch, grid, size, kept // size**2, generators)
         case CropMask(size=size):
-            return _crop(batch, grid, size, generator)
+            return _crop(batch, grid, size, generators)
 
 
-def draw_route(mask: Mask, batch: int, grid: Grid, generator: torch.Generator) -> Route | None:
-    """Draw what the inner blocks work on, for masks that let every patch enter; None for the others."""
+def draw_route(mask: Mask, batch: int, grid: Grid, *generators: torch.Generator) -> Route | None:
+    """Draw what the inner blocks work on, for masks that let every patch enter; None for the others. Generators: as `draw`'s."""
     total = grid[0] * grid[1]
     match mask:
         case RouteMask(ratio=ratio, edge=edge, spread=False):
-            return Route(_random_subset(batch, total, total - int(ratio * total), generator), edge, edge)
+            return Route(_random_subset(batch, total, total - int(ratio * total), generators), edge, edge)
         case RouteMask(ratio=ratio, edge=edge):
-            return Route(_spread(batch, grid, round(4 * (1 - ratio)), generator), edge, edge)
+            return Route(_spread(batch, grid, round(4 * (1 - ratio)), generators), edge, edge)
         case DeferMask(mixer=mixer):
-            return Route(_random_subset(batch, total, num_kept(mask, grid), generator), mixer, 0)
+            return Route(_random_subset(batch, total, num_kept(mask, grid), generators), mixer, 0)
         case DecodeMask(decoder=decoder, weight=weight):
-            return Route(_random_subset(batch, total, num_kept(mask, grid), generator), 0, decoder, reconstruct=weight)
+            return Route(_random_subset(batch, total, num_kept(mask, grid), generators), 0, decoder, reconstruct=weight)
         case _:
             return None
 
 
-def _random_subset(batch: int, total: int, kept: int, generator: torch.Generator) -> Kept:
+Generators = Sequence[torch.Generator]
+
+
+def _random_subset(batch: int, total: int, kept: int, generators: Generators) -> Kept:
     """A uniformly random `kept`-subset of range(total) per row, ascending."""
-    return _random_order(batch, total, generator)[:, :kept].sort(dim=1).values
+    return _random_order(batch, total, generators)[:, :kept].sort(dim=1).values
 
 
-def _random_order(batch: int, total: int, generator: torch.Generator) -> Int[Tensor, "batch total"]:
+def _random_order(batch: int, total: int, generators: Generators) -> Int[Tensor, "batch total"]:
     """A uniformly random permutation of range(total) per row: the order of uniform draws.
 
     In float64, because at the 2^24 levels of float32 ties are common enough to bias the choice.
     """
-    on_mps = generator.device.type == "mps"
-    keys = torch.rand(batch, total, generator=generator, device=generator.device, dtype=torch.float32 if on_mps else torch.float64)
+    device = generators[0].device
+    size, dtype = (batch // len(generators), total), torch.float32 if device.type == "mps" else torch.float64
+    keys = torch.cat([torch.rand(size, generator=each, device=device, dtype=dtype) for each in generators])
     return keys.argsort(dim=1)
 
 
-def _blocks(batch: int, grid: Grid, size: int, kept_blocks: int, generator: torch.Generator) -> Kept:
+def _blocks(batch: int, grid: Grid, size: int, kept_blocks: int, generators: Generators) -> Kept:
     down, across = grid[0] // size, grid[1] // size
-    blocks = _random_subset(batch, down * across, kept_blocks, generator)
+    blocks = _random_subset(batch, down * across, kept_blocks, generators)
     row, column = blocks // across * size, blocks % across * size
     return _windows(row, column, size, grid).flatten(1).sort(dim=1).values
 
 
-def _spread(batch: int, grid: Grid, each: int, generator: torch.Generator) -> Kept:
+def _spread(batch: int, grid: Grid, each: int, generators: Generators) -> Kept:
     """`each` random patches of every 2 x 2 neighbours."""
     down, across = grid[0] // 2, grid[1] // 2
-    chosen = _random_order(batch * down * across, 4, generator)[:, :each].reshape(batch, down, across, each)
+    chosen = _random_order(batch * down * across, 4, generators)[:, :each].reshape(batch, down, across, each)
     row = 2 * torch.arange(down, device=chosen.device)[:, None, None] + chosen // 2
     column = 2 * torch.arange(across, device=chosen.device)[:, None] + chosen % 2
     return (row * grid[1] + column).flatten(1).sort(dim=1).values
@@ -164,9 +170,10 @@ def span(route: Route | None, fuse: int, blocks: int) -> tuple[int, int]:
     return route.first, blocks - route.back if route.back else -1
 
 
-def _crop(batch: int, grid: Grid, size: int, generator: torch.Generator) -> Kept:
+def _crop(batch: int, grid: Grid, size: int, generators: Generators) -> Kept:
     def place(free: int) -> Tensor:
-        return torch.randint(free + 1, (batch, 1), generator=generator, device=generator.device)
+        each = (batch // len(generators), 1)
+        return torch.cat([torch.randint(free + 1, each, generator=one, device=one.device) for one in generators])
 
     return _windows(place(grid[0] - size), place(grid[1] - size), size, grid).flatten(1)
 

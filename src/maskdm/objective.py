@@ -48,7 +48,7 @@ def masked_denoising_loss(
     noised = add_noise(diffusion, x0, draws.noise, draws.t)
     if labels is not None:
         labels = drop_labels(labels, draws.drop, null=model.num_classes)
-    output = (network or model)(noised.x_t, draws.t, labels, draws.kept, draws.route, reduced=draws.reduced).sample
+    output = (model if network is None else network)(noised.x_t, draws.t, labels, draws.kept, draws.route, reduced=draws.reduced).sample
     output, target, route = output.float(), noised.target, draws.route
     extra = 0.0
     if route is not None and route.reconstruct is not None:

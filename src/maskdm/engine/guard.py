@@ -7,6 +7,7 @@ the weights and its moments as they are; the schedule, the counters and the plac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,8 +51,7 @@ class Sentry:
             recent = torch.where(known, self._recent, torch.nan)
             median = recent.nanmedian(dim=1, keepdim=True).values
             spread = 1.4826 * (recent - median).abs().nanmedian(dim=1).values
-            least = torch.log(torch.tensor(self.settings.spike, device=logs.device))
-            far = logs > median[:, 0] + torch.maximum(DEVIATIONS * spread, least)
+            far = logs > median[:, 0] + (DEVIATIONS * spread).clamp(min=math.log(self.settings.spike))  # no tensor of it: that waits
             bad = bad | ((far & finite).any() & (self._count >= LEAST))
         keep = ~bad & finite.all()
         place = (self._count % WINDOW)[None]

@@ -32,6 +32,12 @@ def orthogonalised(matrices: Float[Tensor, "batch rows columns"]) -> Float[Tenso
     return x.mT if upright else x
 
 
+def flops(rows: int, columns: int) -> float:
+    """Arithmetic of a step on a matrix: in each iteration two products with the matrix, and one of its smaller square."""
+    low, high = sorted((rows, columns))
+    return ITERATIONS * (4.0 * low**2 * high + 2.0 * low**3)
+
+
 class Muon(torch.optim.Optimizer):
     """For matrices. A step has the root mean square of AdamW's, 0.2 of the rate (arXiv 2502.16982, section 2.2), times `factor`.
 

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from maskdm.config import Ema, Optimizer, Stage
-from maskdm.engine.muon import Muon
+from maskdm.engine.muon import Muon, flops
 from maskdm.engine.posthoc import gamma_of, kept_share
 from maskdm.engine.sharding import like
 from maskdm.models import Denoiser
@@ -40,6 +40,12 @@ class Together:
                 part.found_inf = self.found_inf  # pyright: ignore[reportAttributeAccessIssue] - as torch's scaler tells it
             part.step()
 
+    @property
+    def flops(self) -> float:
+        """Arithmetic of a step: Muon's, beside which the others' is nothing."""
+        muons = [group for part in self.parts if isinstance(part, Muon) for group in part.param_groups]
+        return sum(flops(*p.shape) for group in muons for p in group["params"])
+
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for part in self.parts:
@@ -57,8 +63,9 @@ def make_optimizer(model: Denoiser, settings: Optimizer, lr: float) -> Together:
     Muon's steps are scaled to the size of AdamW's (arXiv 2502.16982), then by `muon`.
     """
     undecayed = model.undecayed()
-    whole = all(p.requires_grad for p in model.parameters())  # adapters are no maps between hidden states: AdamW's, as their papers have it
-    muon = model.hidden_matrices() if settings.name == "muon" and whole else set[str]()
+    hidden = {name: p for name, p in model.named_parameters() if name in model.hidden_matrices()}
+    whole = all(p.requires_grad for p in hidden.values())  # adapters are no maps between hidden states: AdamW's, as their papers have it
+    muon = set(hidden) if settings.name == "muon" and whole else set[str]()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name not in muon]
     decay = [p for name, p in named if p.ndim >= 2 and name not in undecayed]
     rest = [p for name, p in named if p.ndim < 2 or name in undecayed]
@@ -68,7 +75,7 @@ def make_optimizer(model: Denoiser, settings: Optimizer, lr: float) -> Together:
     adamw = torch.optim.AdamW(groups, lr=lr, betas=settings.betas, fused=fused)
     if not muon:
         return Together(adamw)
-    matrices = {"params": [p for name, p in model.named_parameters() if name in muon]} | kept | {"factor": settings.muon}
+    matrices = {"params": [*hidden.values()]} | kept | {"factor": settings.muon}
     return Together(adamw, Muon([matrices], lr))
 
 

@@ -8,6 +8,7 @@ between them, than within the latest probe, per cost of its second half, masked 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,8 @@ MARKS = (0.2, 0.4, 0.6, 0.8)
 """Shares of the stage's budget spent on masked steps at which it is probed."""
 
 LENGTH = 0.04
-"""Cost of a probe, as a share of the stage's budget, on which it is spent: 16 % if it is never cut short."""
+"""Cost of a probe, as a share of the stage's budget, on which it is spent: 16 % if it is never cut short. The time of its
+measurements, which a stage that is not probed has no use for, is spent on it too."""
 
 WARMUP = 10
 """Steps of a probe over which its learning rate rises, at most: its stage's own warm-up may be longer than the probe."""
@@ -60,14 +62,16 @@ class Switch:
         """Begin the next stage, measure, and forget it; costs in units of this stage's budget."""
         ratio, losses = cost_ratio(self.trainer.config, following.mask, stage.mask), list[float]()
         steps = ratio * following.batch / stage.batch
-        spent, quick = StageProgress(), replace(following, warmup=min(following.warmup, WARMUP))
+        spent, quick, measuring = StageProgress(), replace(following, warmup=min(following.warmup, WARMUP)), 0.0
         with self.trainer.apart(following):
             for part in (LENGTH / 2, LENGTH):
                 while used(spent, stage.budget, ratio, steps) < part:
                     self.trainer.step(quick, spent, following.budget)
+                started = time.perf_counter()
                 losses.append(self.measure())
+                measuring += time.perf_counter() - started
         found = {"half": losses[0], "full": losses[1]}
-        return found | {"seconds": spent.seconds, "images": spent.images * ratio, "steps": spent.steps * steps}
+        return found | {"seconds": spent.seconds + measuring, "images": spent.images * ratio, "steps": spent.steps * steps}
 
 
 def used(spent: StageProgress, budget: Budget, ratio: float, steps: float) -> float:

@@ -31,11 +31,14 @@ from maskdm.engine.hardware import Precision, autocast, out_of_memory, synchroni
 from maskdm.engine.memory import more_pieces
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer, part
 from maskdm.engine.progress import Progress, Skipped, StageProgress, Step, Verdict
-from maskdm.engine.ranks import Ranks, pieces_of
+from maskdm.engine.ranks import LONG, STEP, Ranks, pieces_of
 from maskdm.engine.teaching import Teaching
 from maskdm.errors import UserError
 from maskdm.masking import num_sequences
 from maskdm.models import Denoiser
+
+COMPILED = 64
+"""Forms of the network that may be compiled: one for each network, mask and number of images."""
 
 
 class Trainer:
@@ -62,6 +65,8 @@ class Trainer:
         self.saver = sharding.Saver(self.ranks) if self.cut else None
         self.model.train()
         self.model.recompute(config.hardware.checkpoint_activations)
+        if config.hardware.compile:  # at 8, the default, whatever comes after is left uncompiled, and nothing but a line in the log says so
+            torch._dynamo.config.recompile_limit = COMPILED  # pyright: ignore[reportPrivateUsage]
         self.network: Any = torch.compile(self.model, dynamic=False) if config.hardware.compile else self.model
         if self.ranks.world > 1 and not self.cut:
             seldom = config.model.fuse > 0 or config.model.mask_token  # layers that not every mask needs
@@ -170,7 +175,7 @@ class Trainer:
         """Run a step of every stage that is left and forget it: what the first steps of a process cost beside is then paid."""
         with self.apart():
             for stage in self.config.stages[self.progress.stage :]:
-                self.step(stage, StageProgress(), stage.budget)
+                self.step(stage, StageProgress(), stage.budget, LONG)
 
     # --- the loop ---
 
@@ -229,13 +234,13 @@ class Trainer:
         self.sentry.restart()
         self.optimizer = make_optimizer(self.model, self.config.optimizer, stage.lr)
 
-    def step(self, stage: Stage, done: StageProgress, budget: Budget) -> Step:
-        """One optimizer step of a stage that has done so much of a budget."""
+    def step(self, stage: Stage, done: StageProgress, budget: Budget, limit: float = STEP) -> Step:
+        """One optimizer step of a stage that has done so much of a budget; of several processes each may take `limit` seconds."""
         started = time.perf_counter()
         number = self.progress.step
         lr = learning_rate(stage, done.steps, done.course(budget))
         self.optimizer.set_rate(lr)
-        self.ranks.mark(f"step {number + 1}")
+        self.ranks.mark(f"step {number + 1}", limit)
         loss, told = self._tell(self._gradients(stage, done, number))
         with record_function("maskdm: optimizer"):
             for part in self.optimizer.parts:

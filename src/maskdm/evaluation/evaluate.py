@@ -36,7 +36,10 @@ SHOWN = 16
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: samples (their labels those asked for), training images, held-out images, and the names of the classes."""
+    """What is measured: samples (their labels those asked for), training images, held-out images, and the names of the classes.
+
+    reference: what samples are compared with, where not with the training images, which then are searched for copies alone.
+    """
 
     samples: ImageSet
     training: ImageSet
@@ -44,6 +47,7 @@ class Subject:
     class_names: Sequence[str] = ()
     called: str = "training images"
     """What the training images are to be called, where they are other real images."""
+    reference: ImageSet | None = None
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,18 @@ def evaluate_samples(
     """Measure samples against real images, all of one size. The keys and their meaning: docs/evaluation.md.
 
     `x_interval` is the 95 % interval of `x`; `x_counts`, how many samples and real images it is of. Keys ending in `_heldout` hold the
-    same measure of held-out real images: the value to reach; absent without such images. The reference is the training images, or
-    `max_reference` of them, drawn by a fixed seed. Precision, recall, density, coverage and `frechet_distance_matched` are of as many
-    samples as held-out images are measured (`num_heldout`), since they depend on counts. `denoising`, from `overfitting`, takes part in
-    the verdicts. UserError below 10 images.
+    same measure of held-out real images: the value to reach; absent without such images. The reference is the training images unless the
+    subject names another, or `max_reference` of them, drawn by a fixed seed. Precision, recall, density, coverage and
+    `frechet_distance_matched` are of as many samples as held-out images are measured (`num_heldout`), since they depend on counts.
+    `denoising`, from `overfitting`, takes part in the verdicts. UserError below 10 images.
     """
     for name, images in (("samples", subject.samples), (subject.called, subject.training), ("held-out images", subject.heldout)):
         if images is not None and len(images) < LEAST:
             raise UserError(f"an evaluation needs at least {LEAST} {name}, here {len(images)}; give more")
-    places = subject.training.places(len(subject.training) if max_reference is None else max_reference)
-    reference = subject.training.part(places) if len(places) < len(subject.training) else subject.training
+    everything, called = subject.training, subject.called
+    if subject.reference is not None:
+        everything, called = subject.reference, "images not trained on"
+    places, reference = _some_of(everything, max_reference)
     heldout = None if subject.heldout is None else subject.heldout.part(subject.heldout.places(len(subject.samples)))
     fake, real = extractor.features(subject.samples), extractor.features(reference)
     new = None if heldout is None else extractor.features(heldout)
@@ -90,8 +96,7 @@ def evaluate_samples(
         "num_samples": len(fake),
         "num_reference": len(real),
         "num_heldout": 0 if new is None else len(new),
-        "reference": f"{len(real)} of {len(subject.training)} {subject.called}"
-        + (", drawn with seed 0" if len(real) < len(subject.training) else ""),
+        "reference": f"{len(real)} of {len(everything)} {called}" + (", drawn with seed 0" if len(real) < len(everything) else ""),
         "headline": "kernel_distance" if len(fake) < FEW else "frechet_distance",
     }
     measures |= _frechet(fake, real, new) | _kernel(fake, real, new) | _manifold(fake, real, new)
@@ -100,6 +105,9 @@ def evaluate_samples(
     measures |= _accuracies(extractor, subject, reference, heldout)
     knows = "class_accuracy" in measures
     measures["classes"] = _classes(extractor if knows else None, subject, reference, fake, real)
+    if subject.reference is not None:
+        places, trained = _some_of(subject.training, max_reference)
+        real = extractor.features(trained)
     found, measures["copies"] = _copies(extractor, subject, heldout, places, fake, real)
     measures["colour"] = colour_drift(subject.samples, reference)
     if denoising is not None:
@@ -114,6 +122,12 @@ def evaluate_samples(
         [Pair(int(searched[pair.sample]), pair.training) for pair in shown],
         [Pair(int(searched[i]), found.place(i)) for i in order],
     )
+
+
+def _some_of(images: ImageSet, most: int | None) -> tuple[NDArray[np.int64], ImageSet]:
+    """The places of at most so many of the images, drawn by a fixed seed, and these; all of them for None."""
+    places = images.places(len(images) if most is None else most)
+    return places, images.part(places) if len(places) < len(images) else images
 
 
 def _put(name: str, estimate: Estimate | None) -> dict[str, object]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -51,15 +50,26 @@ def speed_up(arm: Curve, against: Curve) -> float:
     """What `against` spent on its best loss over what `arm` spent on the same; above 1: `arm` is faster.
 
     Where the arm never gets there it is the other way round: over the arm's best loss, below 1. On curves that still fall it changes
-    without a leap; where they have levelled out the costs of nearly equal losses are far apart, and the ratio says little.
-    NaN where a loss of either is not finite.
+    without a leap; where they have levelled out the costs of nearly equal losses are far apart, and the ratio says little. 1 where the one
+    that is there sooner is the one that never gets as low as the other (`_crossed`). NaN where a loss of either is not finite.
     """
     if not all(map(math.isfinite, (*arm.losses, *against.losses))):
         return math.nan
+    return 1.0 if _crossed(arm, against) else _ratio(arm, against)
+
+
+def _ratio(arm: Curve, against: Curve) -> float:
+    """The costs of the lowest loss that both reach."""
     level = _level(arm, against)
     theirs, ours = against.cost_of(level), arm.cost_of(level)
     assert theirs is not None and ours is not None
     return theirs / ours
+
+
+def _crossed(arm: Curve, against: Curve) -> bool:
+    """Whether the one that was sooner at the level that both reach has stopped falling there, and the other goes on: neither is faster."""
+    ahead = math.log(_ratio(arm, against))
+    return ahead * (against.best - arm.best) < 0
 
 
 def _level(arm: Curve, against: Curve) -> float:
@@ -75,7 +85,10 @@ def _bound(arm: Curve, against: Curve) -> bool:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An arm against another: the geometric mean of the speed-ups over seeds, its 95 % interval (None for one seed), and words."""
+    """An arm against another: the geometric mean of the speed-ups over seeds, its 95 % interval (None for one seed), and words.
+
+    bound: the speed-up is only the least that it can be (below 1: the most), and has no interval.
+    """
 
     arm: str
     against: str
@@ -84,6 +97,7 @@ class Verdict:
     high: float | None
     seeds: int
     text: str
+    bound: bool = False
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -101,26 +115,29 @@ def compare_curves(arm: str, curves: Sequence[Curve], against: str, others: Sequ
         lost = [name for name, seeds in ((arm, curves), (against, others)) if not all(math.isfinite(x) for c in seeds for x in c.losses)]
         text = f"no verdict on {arm} and {against}: a loss of {' and of '.join(lost)} is not a number; it diverged"
         return Verdict(arm, against, math.nan, None, None, len(ratios), text)
-    _words = partial(_reaches, sooner=SOONER[unit])
     mean, low, high = (math.exp(value) for value in over_seeds([math.log(ratio) for ratio in ratios]))
-    bound = "; only a bound, since the faster one was there before it was first measured" if any(map(_bound, curves, others)) else ""
+    crossed = any(map(_crossed, curves, others))
+    more = "; the one that is sooner at first does not get as low as the other, which counts as no speed-up" if crossed else ""
+    if not crossed and any(map(_bound, curves, others)):
+        words = _reaches(arm, against, mean, "at least ", SOONER[unit])
+        text = f"{words}, for it was there before it was first measured: a bound, without an interval"
+        return Verdict(arm, against, mean, None, None, len(ratios), text, bound=True)
+    words = _reaches(arm, against, mean, "", SOONER[unit])
     if len(ratios) < 2:
-        text = f"{_words(arm, against, mean)} (one seed, so no interval: take it for no more than a hint, and repeat with --seeds 3)"
-        return Verdict(arm, against, mean, None, None, 1, text + bound)
-    span = f"95 % interval {low:.2f} to {high:.2f}, {len(ratios)} seeds"
+        text = f"{words} (one seed, so no interval: take it for no more than a hint, and repeat with --seeds 3)"
+        return Verdict(arm, against, mean, None, None, 1, text + more)
+    forth, back = (f"95 % interval {a:.2f} to {b:.2f}, {len(ratios)} seeds" for a, b in ((low, high), (1 / high, 1 / low)))
     if low > 1 and mean >= MARGIN:
-        text = f"{arm}: reaches {against}'s best held-out loss {mean:.2f}x {SOONER[unit]} ({span})"
+        text = f"{arm}: reaches {against}'s best held-out loss {mean:.2f}x {SOONER[unit]} ({forth})"
     elif high < 1 and mean <= 1 / MARGIN:
-        back = f"95 % interval {1 / high:.2f} to {1 / low:.2f}, {len(ratios)} seeds"
-        text = f"no gain here: {against} reaches {arm}'s best held-out loss {1 / mean:.2f}x {SOONER[unit]} ({back})"
-    elif low > 1 / MARGIN and high < MARGIN:
-        text = f"no difference: {arm} and {against} are as fast, to {MARGIN - 1:.0%} (speed-up {mean:.2f}, {span})"
+        text = f"no gain here: {words} ({back})"
+    elif low > 1 / MARGIN and high < MARGIN and not crossed:
+        text = f"no difference: {arm} and {against} are as fast, to {MARGIN - 1:.0%} (speed-up {mean:.2f}, {forth})"
     else:
-        span = span if mean >= 1 else f"95 % interval {1 / high:.2f} to {1 / low:.2f}, {len(ratios)} seeds"
-        text = f"no difference shown: {_words(arm, against, mean)} ({span}); more seeds or a longer budget may tell"
-    return Verdict(arm, against, mean, low, high, len(ratios), text + bound)
+        text = f"no difference shown: {words} ({forth if mean >= 1 else back}); more seeds or a longer budget may tell"
+    return Verdict(arm, against, mean, low, high, len(ratios), text + more)
 
 
-def _reaches(arm: str, against: str, mean: float, sooner: str) -> str:
+def _reaches(arm: str, against: str, mean: float, least: str, sooner: str) -> str:
     first, second = (arm, against) if mean >= 1 else (against, arm)
-    return f"{first} reaches {second}'s best held-out loss {max(mean, 1 / mean):.2f}x {sooner}"
+    return f"{first} reaches {second}'s best held-out loss {least}{max(mean, 1 / mean):.2f}x {sooner}"

@@ -35,7 +35,9 @@ class Dial(nn.Module):
 
 def as_batch(value: Tensor | float, like: Tensor) -> Float[Tensor, " batch"]:
     """A number for each of a batch such as `like`, from one for all or for each."""
-    return torch.as_tensor(value, dtype=torch.float32, device=like.device).expand(like.shape[0])
+    # a number is filled in on the device: a copy of it would wait
+    every = value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=like.device)
+    return every.to(like.device).expand(like.shape[0])
 
 
 def make_dials(width: int, dial: Any, shortcuts: int) -> tuple[Dial | None, Dial | None]:

@@ -108,7 +108,8 @@ class UViT(Denoiser):
             extras.insert(0, self._class(self.class_embedding, labels))
         x = in_compute_precision(torch.cat([torch.stack(extras, dim=1) + table[: self.num_extras], x], dim=1))
         inner = None if route is None or route.kept is None else self._with_extras(route.kept)
-        skips, everything, count = list[Tensor](), x, 2 * len(self.down_blocks) + 1
+        skips: list[Tensor] = []  # a literal: torch.compile stops at list[Tensor]()
+        everything, count = x, 2 * len(self.down_blocks) + 1
         first, end = span(route, self.fuse, count)
         for number, block in enumerate((*self.down_blocks, self.middle_block, *self.up_blocks)):
             if number == first:

@@ -79,6 +79,12 @@ class Arm:
         optimizer = base.optimizer if self.optimizer is None else replace(base.optimizer, name=self.optimizer)
         return replace(base, model=self.model, stages=stages, optimizer=optimizer, seed=seed, init=init)
 
+    @property
+    def decays(self) -> bool:
+        """Whether its learning rate falls, within a stage or from one to the next: only its end compares then."""
+        rates = [stage.lr for stage in self.stages]
+        return any(stage.decay != "constant" for stage in self.stages) or any(b < a for a, b in zip(rates, rates[1:], strict=False))
+
     def describe(self) -> str:
         """Its stages in words."""
         words = [

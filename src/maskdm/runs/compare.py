@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import maskdm
 from maskdm.arithmetic import flops
-from maskdm.config import Budget, Config, Mask, NoMask, Stage
+from maskdm.config import Budget, Config, NoMask, Stage
 from maskdm.data import Dataset
 from maskdm.engine import Machine, Ranks, Trainer, autocast, environment
 from maskdm.errors import UserError
@@ -24,14 +24,14 @@ from maskdm.evaluation.speedups import Unit
 from maskdm.pictures import grid
 from maskdm.recipes.arms import Arm, parse_arms, rates_of
 from maskdm.runs.compare_results import Contest, Record, summarize
-from maskdm.runs.contestant import Contestant, Field, work_of
+from maskdm.runs.contestant import Contestant, Field, all_work_of
 from maskdm.runs.directory import held, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
 from maskdm.runs.latents import with_latents
 from maskdm.runs.resolve import Resolved, TrainRequest, resolve
 from maskdm.runs.sample import draw_images
-from maskdm.runs.sets import CLASSES, images_and_labels, natural_labels, sets_of
+from maskdm.runs.sets import CLASSES, images_and_labels, left_out, natural_labels, sets_of
 from maskdm.runs.store import cache_directory, make_pipeline, state_hash
 from maskdm.runs.train import Interrupted, prepare_data, set_up_torch, stop_requests
 from maskdm.settings import differences, find, from_plain, to_plain
@@ -42,7 +42,7 @@ SLICES = 20
 MEASURED, LEAST_MEASURED = 256, 32
 """Held-out images of a measurement at most, or all where there are fewer; and how few are too few."""
 
-MEASURING = 0.5
+MEASURING = 0.2
 """Of an arm's arithmetic, what is spent besides on the measurements of its turns, at most, as long as they are of enough images."""
 
 FINAL, FINALLY = 1000, 4
@@ -80,8 +80,8 @@ class Cost:
             raise UserError(f"--budget is '{text}'; give more than nothing")
         return Cost(UNITS[unit.removeprefix(prefix)][0], amount)
 
-    def stage_budget(self, work: Callable[[Mask], float]) -> Callable[[Stage, float], Budget]:
-        """Budgets of stages from their shares, for `Arm.config`; `work`: FLOPs of training on an image."""
+    def stage_budget(self, work: Callable[[Stage], float]) -> Callable[[Stage, float], Budget]:
+        """Budgets of stages from their shares, for `Arm.config`; `work`: FLOPs of training on an image, the optimizer's among them."""
 
         def budget(stage: Stage, share: float) -> Budget:
             part = share * self.amount
@@ -91,7 +91,7 @@ class Cost:
                 case "images":
                     return Budget(images=max(1, round(part)))
                 case _:
-                    return Budget(images=max(1, round(part / work(stage.mask))))
+                    return Budget(images=max(1, round(part / work(stage))))
 
         return budget
 
@@ -139,8 +139,10 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
     measured = _begin(request, base, arms, dataset, machine, min(len(heldout), _affordable(base, cost, resolved.machine)), display)
     display.note(f"  {measured} held-out images measured at each of {SLICES} turns; the time of that is not counted")
     field = Field(dataset, training, resolved.machine, display)
+    classes = len(dataset.class_names) if base.data.conditional else 0
+    budgets = {arm.name: cost.stage_budget(all_work_of(arm, base, classes)) for arm in arms}
     contestants = [
-        Contestant(arm, arm.config(base, base.seed + i, cost.stage_budget(work_of(arm, base))), out / "arms" / arm.name, field)
+        Contestant(arm, arm.config(base, base.seed + i, budgets[arm.name]), out / "arms" / arm.name, field)
         for i in range(request.first_seed, request.first_seed + request.seeds)
         for arm in arms
     ]
@@ -152,11 +154,12 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
         {arm.name: [each.records for each in contestants if each.arm is arm] for arm in arms},
         {arm.name: [each.final or {} for each in contestants if each.arm is arm] for arm in arms},
         cost.unit,
-        frozenset(arm.name for arm in arms if any(stage.decay != "constant" for stage in arm.stages)),
+        frozenset(arm.name for arm in arms if arm.decays),
     )
     about: dict[str, Any] = {"budget": request.budget, "seeds": request.seeds, "first_seed": request.first_seed}
     about |= {"data": request.train.data, "config": to_plain(base)}
-    about |= {"data_hash": dataset.content_hash, "heldout_images": ruler.count, "environment": machine}
+    about |= {"data_hash": dataset.content_hash, "heldout_images": ruler.count, "training_images": len(training), "environment": machine}
+    about |= {"specs": {arm.name: arm.record() for arm in arms}}
     about |= {"networks": {arm.name: dict(arm.network.record) for arm in arms if arm.network is not None}}
     return summarize(contest, about, out)
 
@@ -282,6 +285,7 @@ class _Judge:
         self.base, self.dataset, self.machine, self.num = base, dataset, resolved.machine, request.num
         self.images = min(FINAL, images)
         self.training, self.heldout = sets_of(base, dataset)
+        self.reference = left_out(base, dataset)
         self.features, self.display = request.features, display
         self.asked = {"features": request.features, "num": request.num}
         self._network: FeatureNetwork | None = None
@@ -305,7 +309,7 @@ class _Judge:
             with autocast(self.machine.device, self.machine.precision):
                 losses.append(denoising_loss(model, self.base.diffusion, shown, classes))
         extractor = Extractor(self._network, cache_directory() / "features", Ranks())
-        subject = Subject(samples, self.training, self.heldout, names)
+        subject = Subject(samples, self.training, self.heldout, names, reference=self.reference)
         about = {"sampling": to_plain(self.base)["sampling"], "seed": each.config.seed, "classes": None if labels is None else CLASSES}
         found = evaluate_samples(extractor, subject, about, MAX_REFERENCE, overfitting(*losses))
         grid(drawn[:64], columns=8).save(each.folder / "samples.png")

@@ -54,7 +54,7 @@ def summarize(contest: Contest, about: Mapping[str, Any], out: Path) -> str:
     arms = {name: _figures(contest, name) for name in contest.records}
     first, *others = contest.records
     verdicts = [_verdict(contest, name, first) for name in others]
-    features = next(iter(contest.finals[first]), {}).get("features")
+    features = next((final["features"] for final in contest.finals[first] if "features" in final), None)  # not of one that diverged
     record = {**about, "features": features, "arms": arms, "verdicts": verdicts, "curves": contest.records, "finals": contest.finals}
     record |= {"unit": contest.unit, "decaying": sorted(contest.decaying)}
     write_text(out / "compare.json", json.dumps(_plain(record), indent=1))
@@ -124,12 +124,12 @@ def _verdict(contest: Contest, arm: str, against: str) -> dict[str, Any]:
 def _ends(found: Mapping[str, Any]) -> list[str]:
     """What differs at the end beyond chance, in words."""
     words: list[str] = []
-    for name, better in (("loss", -1), ("distance", -1), ("precision", 1), ("recall", 1)):
+    for name, better in (("loss", -1), ("distance", -1), ("kernel_distance", -1), ("precision", 1), ("recall", 1)):
         low, high = found.get(f"{name}_difference_interval", (math.nan, math.nan))
         if low > 0 or high < 0:
             sign = "better" if (low > 0) == (better > 0) else "worse"
             near, far = sorted((abs(low), abs(high)))
-            words.append(f"{name} {sign} by {abs(found[f'{name}_difference']):.3g} ({near:.3g} to {far:.3g})")
+            words.append(f"{name.replace('_', ' ')} {sign} by {abs(found[f'{name}_difference']):.3g} ({near:.3g} to {far:.3g})")
     return [f"at the end its {', its '.join(words)}"] if words else []
 
 
@@ -154,11 +154,12 @@ def _plain(value: Any) -> Any:
 
 
 def _table(arms: Mapping[str, Mapping[str, Any]]) -> str:
-    head = ["arm", "time", "images", "FLOP", "held-out loss", "distance", "precision", "recall"]
+    shown = ("loss", "distance", "kernel_distance", "precision", "recall")
+    head = ["arm", "time", "images", "FLOP", "held-out loss", "Frechet distance", "kernel distance", "precision", "recall"]
     rows = [head]
     for name, found in arms.items():
         row = [name, f"{found['time']:.0f} s", f"{found['images']:.0f}", f"{found['flops']:.2e}"]
-        rows.append([*row, *(_cell(found, key) for key in ("loss", "distance", "precision", "recall"))])
+        rows.append([*row, *(_cell(found, key) for key in shown)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -201,14 +202,17 @@ def draw(contest: Contest, arms: Mapping[str, Mapping[str, Any]], file: Path) ->
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("held-out loss of whole images")
     axes[0].legend()
-    shown = [name for name in arms if "distance" in arms[name]]
+    # of few samples the Frechet distance is mostly its own bias
+    few = any(final.get("headline") == "kernel_distance" for finals in contest.finals.values() for final in finals)
+    key, label = ("kernel_distance", "kernel distance of samples") if few else ("distance", "Fr\u00e9chet distance of samples")
+    shown = [name for name in arms if key in arms[name]]
     for index, name in enumerate(shown):
-        low, high = arms[name]["distance_interval"]
-        value = arms[name]["distance"]
+        low, high = arms[name][f"{key}_interval"]
+        value = arms[name][key]
         error = None if math.isnan(low) else [[value - low], [high - value]]
         axes[2].errorbar([index], [value], yerr=error, fmt="o", capsize=4, color=f"C{list(arms).index(name)}")
     axes[2].set_xticks(range(len(shown)), shown, rotation=30, ha="right")
-    axes[2].set_ylabel("Fr\u00e9chet distance of samples")
+    axes[2].set_ylabel(label)
     axes[2].grid(alpha=0.3, axis="y")
     axes[2].margins(x=0.3)
     figure.savefig(file, dpi=120)

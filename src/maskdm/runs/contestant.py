@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from maskdm.arithmetic import flops
-from maskdm.config import Config, Mask, NoMask
+from maskdm.config import Config, Mask, NoMask, Stage
 from maskdm.data import Dataset, make_loader
 from maskdm.draws import derive
-from maskdm.engine import Machine, Switch, Trainer, checkpoint
+from maskdm.engine import Machine, Switch, Trainer, checkpoint, make_optimizer
 from maskdm.errors import UserError
 from maskdm.models import build
 from maskdm.recipes.arms import Arm
@@ -43,6 +43,15 @@ def work_of(arm: Arm, base: Config) -> Callable[[Mask], float]:
     """FLOPs of an arm's training on an image, by mask: by the formula of our networks, or as another's were counted."""
     config = replace(base, model=arm.model)
     return (lambda mask: flops(config, mask, 1)) if arm.network is None else arm.network.flops.__getitem__
+
+
+def all_work_of(arm: Arm, base: Config, classes: int) -> Callable[[Stage], float]:
+    """FLOPs of training on an image in a stage, with its share of the optimizer's step."""
+    work, settings = work_of(arm, base), arm.config(base, 0, lambda stage, share: stage.budget)
+    with torch.device("meta"):
+        model = build(arm.model, base.data, classes) if arm.network is None else arm.network.build(classes)
+    step = make_optimizer(model, settings.optimizer, 1.0).flops
+    return lambda stage: work(stage.mask) + step / stage.batch
 
 
 class Contestant:
@@ -90,10 +99,11 @@ class Contestant:
         yield trainer
 
     def spent(self, trainer: Trainer) -> Record:
-        """Seconds, steps, images and FLOPs so far, and the pieces that batches are computed in."""
+        """Seconds, steps, images and FLOPs so far, Muon's among them, and the pieces that batches are computed in."""
         progress, stages = trainer.progress, self.config.stages
         images = [done.images + done.probed("images") for done in progress.stages]
         work = sum(self._work(stage.mask) * number for stage, number in zip(stages, images, strict=True))
+        work += trainer.optimizer.flops * sum(done.steps + done.probed("steps") for done in progress.stages)
         pieces = max(done.pieces for done in progress.stages)
         return {"seconds": progress.seconds, "steps": progress.step, "images": sum(images), "flops": work, "pieces": pieces}
 

@@ -36,7 +36,7 @@ from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
 from maskdm.runs.latents import with_latents
 from maskdm.runs.sample import SampleRequest, draw_images, sampler, sampling_settings
-from maskdm.runs.sets import CLASSES, LEAST_HELDOUT, dataset_of, image_set, images_and_labels, natural_labels, sets_of
+from maskdm.runs.sets import CLASSES, LEAST_HELDOUT, dataset_of, image_set, images_and_labels, left_out, natural_labels, sets_of
 from maskdm.runs.sizes import parse_size
 from maskdm.runs.store import cache_directory, load_pipeline, state_hash
 from maskdm.sampling import make_scheduler
@@ -126,7 +126,7 @@ def _evaluate_run(request: EvaluateRequest, sampled: SampleRequest, ranks: Ranks
     if heldout is not None and ranks.first:
         display.note("measuring the denoising loss on training and held-out images")
         denoising = _overfitting(pipeline, config, machine, dataset, training, heldout)
-    subject = Subject(samples, training, heldout, tuple(pipeline.config["class_names"]))
+    subject = Subject(samples, training, heldout, tuple(pipeline.config["class_names"]), reference=left_out(config, dataset))
     found = _measure(request, network, subject, provenance, denoising, ranks, display)
     if not ranks.first:
         return Evaluated({}, "")

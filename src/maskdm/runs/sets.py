@@ -50,6 +50,18 @@ def sets_of(config: Config, dataset: Dataset) -> tuple[ImageSet, ImageSet | None
     return image_set(dataset, training, config.data.conditional), new
 
 
+def left_out(config: Config, dataset: Dataset) -> ImageSet | None:
+    """What `data.limit` leaves out of the training images: with a limit samples are compared with these.
+
+    Else a network that repeats its few images would come nearest to them. None without a limit, and where fewer are left than held out.
+    """
+    if config.data.limit is None:
+        return None
+    every, heldout = dataset.split(config.data.heldout, config.seed)
+    rows = np.setdiff1d(every, dataset.split(config.data.heldout, config.seed, config.data.limit)[0])
+    return image_set(dataset, rows, config.data.conditional) if len(rows) >= max(LEAST_HELDOUT, len(heldout)) else None
+
+
 def image_set(dataset: Dataset, rows: NDArray[np.int64], labelled: bool = True, whole: bool = True) -> ImageSet:
     """Some rows of a data set; with labels where every image has one. Unless `whole`, others may stand in for those that are lost."""
     known = labelled and dataset.labels is not None and bool((dataset.labels >= 0).all())

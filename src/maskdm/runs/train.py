@@ -101,6 +101,9 @@ def _train(run: RunDirectory, resolved: Resolved, dataset: Dataset, command: str
         display.note(f"resuming from {saved.path} (step {trainer.progress.step})")
         if trainer.powers.sigma_rel and trainer.powers.time == 0:
             display.note("  it has no averages for snapshots (an older version, or another ema.sigma_rel): they begin here")
+    if config.hardware.compile and trainer.progress.stage < len(config.stages):
+        display.note("compiling the network for each stage: minutes, which count in no budget")
+        trainer.rehearse()
     if run.writes:
         _begin(run, resolved, dataset, trainer, command, report, display)
     ranks.wait()
