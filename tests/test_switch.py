@@ -22,7 +22,7 @@ from maskdm.recipes import recipe
 from maskdm.recipes.arms import parse_arm
 
 
-def config(auto: bool = True, masked: int = 100, whole: int = 20) -> Config:
+def config(auto: bool = True, masked: int = 400, whole: int = 80) -> Config:
     stages = (
         Stage("masked", Budget(images=4 * masked, auto=auto), PatchMask(0.5), batch=4, lr=1e-3),
         Stage("whole", Budget(images=4 * whole), batch=4, lr=1e-3, warmup=50),
@@ -46,7 +46,7 @@ def train(run: Trainer, measured: list[float]) -> list[int]:
     return probed
 
 
-GOES_ON = [v for i in range(4) for v in (1.0 - 0.1 * i, 0.999 - 0.1 * i)]
+GOES_ON = [v for i in range(5) for v in (1.0 - 0.1 * i, 0.999 - 0.1 * i)]
 
 
 def test_probes_leave_nothing_behind_but_their_cost() -> None:
@@ -55,10 +55,10 @@ def test_probes_leave_nothing_behind_but_their_cost() -> None:
     weights: dict[int, torch.Tensor] = {}
     for step in plain.run():
         weights[step.number] = plain.model.out.weight.detach().clone()
-    assert train(run, list(GOES_ON)) == [20, 40, 60, 80]
+    assert train(run, list(GOES_ON)) == [40, 80, 140, 200, 280]
     first = run.progress.stages[0]
-    assert len(first.probes) == len(MARKS) and first.probed("images") == pytest.approx(4 * 100 * LENGTH * 4, rel=0.3)
-    assert first.images + first.probed("images") == pytest.approx(400, abs=8) and not first.ended
+    assert len(first.probes) == len(MARKS) and first.probed("images") == pytest.approx(4 * 400 * LENGTH * 5, rel=0.3)
+    assert first.images + first.probed("images") == pytest.approx(1600, abs=8) and not first.ended
     again = trainer(config())
     switch, count = Switch(again, lambda values=list(GOES_ON): values.pop(0)), 0
     for step in again.run():
@@ -71,12 +71,12 @@ def test_probes_leave_nothing_behind_but_their_cost() -> None:
 
 def test_a_stage_ends_when_whole_images_bring_more_and_leaves_its_rest_to_the_next() -> None:
     run = trainer(config())
-    probed = train(run, [1.0, 0.99, 0.98, 0.90])  # masked: 0.01 in a fifth of the budget; whole: 0.08 in a fiftieth
-    assert probed == [20, 40] and run.progress.stages[0].ended
+    probed = train(run, [1.0, 0.99, 0.98, 0.90])  # masked: 0.01 in a tenth of the budget; whole: 0.08 in a hundredth
+    assert probed == [40, 80] and run.progress.stages[0].ended
     masked, whole = run.progress.stages
-    left = 400 - masked.images - masked.probed("images")
+    left = 1600 - masked.images - masked.probed("images")
     ratio = 1 / 2.3  # about: half of the patches cost less than half
-    assert whole.images == pytest.approx(80 + left * ratio, rel=0.1) and whole.images == run.budget(1).images
+    assert whole.images == pytest.approx(320 + left * ratio, rel=0.1) and whole.images == run.budget(1).images
     assert not whole.probes
 
 
@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on_to_the_same_end() -> None:
     switch = Switch(parts, lambda: left.pop(0))
     for step in parts.run():
         switch.after()
-        if step.number == 30:
+        if step.number == 60:
             break
     resumed = trainer(config())
     resumed.restore(parts.tensors(), json.loads(json.dumps(parts.numbers())))
@@ -144,4 +144,4 @@ def test_a_run_says_what_its_probes_found(tmp_path: Path, capsys: pytest.Capture
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     probes = [line for line in lines if line.get("event") == "probe" or line.get("kind") == "probe"]
     assert probes and probes[0]["stage"] == "pretrain" and probes[0]["loss"] > 0
-    assert "probe of whole images at step 10" in capsys.readouterr().err
+    assert "probe of whole images at step 5" in capsys.readouterr().err
