@@ -16,7 +16,7 @@ from typing import Any
 from maskdm.errors import UserError
 from maskdm.runs.compare_results import Contest, summarize
 
-SAME = ("budget", "data_hash", "config", "unit", "heldout_images")
+SAME = ("budget", "data_hash", "config", "unit", "heldout_images", "flops")
 """What comparisons must have in common."""
 
 BY_FEATURES = ("frechet_distance", "kernel_distance", "precision", "recall", "copies")
@@ -29,13 +29,13 @@ def pooled(records: list[dict[str, Any]]) -> tuple[Contest, dict[str, Any]]:
     arms = [name for name in first["arms"] if all(name in record["arms"] for record in records)]
     if not arms:
         raise UserError("the comparisons have no arm in common")
-    for name in arms:
-        if any("specs" not in record or record["specs"][name] != first["specs"][name] for record in records):
-            raise UserError(f"arm {name} is not the same in all of them, or one is of an older version: the same command again renews it")
     for record in records[1:]:
         for key in SAME:
-            if record[key] != first[key]:
+            if key not in record or record[key] != first.get(key):
                 raise UserError(f"the comparisons differ in {key}, so their seeds cannot be pooled")
+    for name in arms:
+        if any(record["specs"][name] != first["specs"][name] for record in records):
+            raise UserError(f"arm {name} is not the same in all of them")
     seeds = [seed for record in records for seed in range(record["first_seed"], record["first_seed"] + record["seeds"])]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"the comparisons have seeds in common ({', '.join(map(str, sorted(seeds)))}); give each once")
@@ -47,7 +47,7 @@ def pooled(records: list[dict[str, Any]]) -> tuple[Contest, dict[str, Any]]:
         for arm in arms
     }
     contest = Contest(curves, finals, first["unit"], frozenset(first["decaying"]))
-    about = {key: first[key] for key in ("budget", "data", "data_hash", "config", "heldout_images", "specs", "networks")}
+    about = {key: first[key] for key in ("budget", "data", "data_hash", "config", "heldout_images", "flops", "specs", "networks")}
     return contest, about | {"seeds": len(seeds), "pooled_seeds": seeds, "environments": [record["environment"] for record in records]}
 
 

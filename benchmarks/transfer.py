@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from maskdm.evaluation.speedups import over_seeds
@@ -86,12 +85,12 @@ def chosen(given: argparse.Namespace, few: Few) -> str:
     if given.drop is None or not few.data.endswith(".parquet"):
         return few.data
     file = given.out / "sets" / f"{few.name}.parquet"
-    if not file.is_file():
-        table = pq.read_table(few.data)
-        names = pc.struct_field(table["image"], "path")  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
-        kept = table.filter(pc.invert(pc.match_substring_regex(names, given.drop)))  # pyright: ignore
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(kept, file)
+    table = pq.read_table(few.data)
+    names = [image["path"] or "" for image in table["image"].to_pylist()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    pq.write_table(table.filter([re.search(given.drop, name) is None for name in names]), partial)
+    partial.replace(file)
     return str(file)
 
 

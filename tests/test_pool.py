@@ -36,6 +36,7 @@ def record(seed: int, gain: float) -> dict[str, Any]:
         "arms": {"whole": {}, "masked": {}},
         "specs": {"whole": {"stages": 1}, "masked": {"stages": 2}},
         "networks": {},
+        "flops": "of all",
         "finals": {"whole": [final], "masked": [final]},
         "curves": {"whole": [curve(1.0)], "masked": [curve(gain)]},
     }
@@ -67,8 +68,8 @@ def test_a_seed_counts_once() -> None:
     without["specs"]["whole"] = {"stages": 3}
     with pytest.raises(UserError, match="arm whole is not the same"):
         pooled([record(0, 1.5), without])
-    del without["specs"]
-    with pytest.raises(UserError, match="arm whole is not the same in all of them, or one is of an older version"):
+    del without["flops"]
+    with pytest.raises(UserError, match="differ in flops"):
         pooled([record(0, 1.5), without])
     without["arms"] = {"other": {}}
     with pytest.raises(UserError, match="no arm in common"):

@@ -87,7 +87,17 @@ def test_the_one_that_ends_better_is_never_called_the_slower_one() -> None:
         assert early.best == 0.06 > falling.best
         assert speed_up(falling, early) == speed_up(early, falling) == 1
         found = compare_curves("maskdm", [falling] * 3, "whole", [early] * 3)
-        assert found.text.startswith("no difference shown") and "does not get as low" in found.text
+        assert found.text.startswith("neither is faster in 3 of 3 seeds") and (found.speedup, found.low) == (1, None)
+        assert compare_curves("whole", [early], "maskdm", [falling]).text.startswith("neither is faster: of whole and maskdm")
+    some = compare_curves("maskdm", [falling, curve(1.5)], "whole", [up, curve()])
+    assert "does not get as low in 1 of 2 seeds" in some.text and some.low is not None and some.speedup == pytest.approx(1.5**0.5, rel=0.02)
+
+
+def test_bounds_that_disagree_show_no_difference() -> None:
+    bad, fast = Curve(COSTS, tuple(0.9 - 0.001 * cost for cost in COSTS)), curve(2.0)
+    found = compare_curves("maskdm", [bad, fast, fast], "whole", [curve()] * 3)
+    assert found.text.startswith("no difference shown: the speed-ups of the seeds are 0.05, ") and found.bound and found.low is None
+    assert " in 1 of 2 seeds: a bound" in compare_curves("maskdm", [fast, fast], "whole", [bad, curve()]).text
 
 
 def test_an_interval_is_told_in_the_direction_of_its_words() -> None:

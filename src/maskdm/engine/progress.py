@@ -28,9 +28,9 @@ class StageProgress:
     asked: int = 0
     probes: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
 
-    def probed(self, what: Literal["steps", "images", "seconds"]) -> float:
-        """What probes have spent of the stage's budget, in its own steps and images (`switch`)."""
-        return float(sum(probe[what] for probe in self.probes))
+    def probed(self, what: Literal["steps", "images", "seconds", "taken"]) -> float:
+        """What probes have spent of the stage's budget, in its own steps and images (`switch`); taken: the steps that they are of."""
+        return float(sum(probe.get(what, 0.0) for probe in self.probes))
 
     def share(self, budget: Budget) -> float:
         """Part of the budget used up, 0..1: that of the limit nearest to its end."""

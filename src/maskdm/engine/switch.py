@@ -8,6 +8,7 @@ between them, than within the latest probe, per cost of its second half, masked 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -50,29 +51,33 @@ class Switch:
             return None
         stage, done = self.trainer.config.stages[number], self.trainer.progress.stages[number]
         at = replace(done, probes=[]).share(stage.budget)
-        if done.ended or len(done.probes) >= len(MARKS) or at < MARKS[len(done.probes)]:
+        last = done.probes[-1]["at"] if done.probes else 0.0
+        if done.ended or at < next((mark for mark in MARKS if mark > last), math.inf):
             return None
         done.probes.append({"at": at} | self._probe(stage, self.trainer.config.stages[number + 1]))
-        ends = not pays(done.probes)
+        ends = not pays(done.probes) or done.share(stage.budget) >= 1
         if ends:
             self.trainer.end_stage()
         return Probe(done.probes[-1]["half"], done.probes[-1]["full"], ends)
 
     def _probe(self, stage: Stage, following: Stage) -> dict[str, float]:
         """Begin the next stage, measure, and forget it; costs in units of this stage's budget."""
-        ratio, losses = cost_ratio(self.trainer.config, following.mask, stage.mask), list[float]()
+        ratio = cost_ratio(self.trainer.config, following.mask, stage.mask)
         steps = ratio * following.batch / stage.batch
         spent, quick, measuring = StageProgress(), replace(following, warmup=min(following.warmup, WARMUP)), 0.0
+        losses, costs = list[float](), list[float]()
         with self.trainer.apart(following):
             for part in (LENGTH / 2, LENGTH):
                 begun = spent.steps
                 while spent.steps == begun or used(spent, stage.budget, ratio, steps) < part:
                     self.trainer.step(quick, spent, following.budget)
+                costs.append(used(spent, stage.budget, ratio, steps))
                 started = time.perf_counter()
                 losses.append(self.measure())
                 measuring += time.perf_counter() - started
-        found = {"half": losses[0], "full": losses[1]}
-        return found | {"seconds": spent.seconds + measuring, "images": spent.images * ratio, "steps": spent.steps * steps}
+        found = {"half": losses[0], "full": losses[1], "second": costs[1] - costs[0], "taken": float(spent.steps)}
+        seconds = spent.seconds + self.trainer.ranks.from_first(measuring)  # the first's clock is all processes'
+        return found | {"seconds": seconds, "images": spent.images * ratio, "steps": spent.steps * steps}
 
 
 def used(spent: StageProgress, budget: Budget, ratio: float, steps: float) -> float:
@@ -82,10 +87,13 @@ def used(spent: StageProgress, budget: Budget, ratio: float, steps: float) -> fl
 
 
 def pays(probes: Sequence[dict[str, float]]) -> bool:
-    """Whether masked training between the last two probes brought more, per cost, than the second half of the last one."""
-    if len(probes) < 2:
+    """Whether masked training between the last two probes brought more, per cost, than the second half of the last one, of cost `second`.
+
+    It does as long as there are not two probes of one kind: those of an older version were longer.
+    """
+    if len(probes) < 2 or "second" not in probes[-2]:
         return True
     before, last = probes[-2], probes[-1]
     masked = (before["full"] - last["full"]) / (last["at"] - before["at"])
-    whole = (last["half"] - last["full"]) / (LENGTH / 2)
+    whole = (last["half"] - last["full"]) / last["second"]
     return masked >= whole

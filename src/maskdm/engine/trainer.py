@@ -173,9 +173,11 @@ class Trainer:
 
     def rehearse(self) -> None:
         """Run a step of every stage that is left and forget it: what the first steps of a process cost beside is then paid."""
+        clock = self._clock  # else the next step would tell of the time
         with self.apart():
             for stage in self.config.stages[self.progress.stage :]:
                 self.step(stage, StageProgress(), stage.budget, LONG)
+        self._clock = clock
 
     # --- the loop ---
 
@@ -245,8 +247,8 @@ class Trainer:
         with record_function("maskdm: optimizer"):
             for part in self.optimizer.parts:
                 self.scaler.unscale_(part)
-            limit = self.config.optimizer.clip
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+            clip = self.config.optimizer.clip
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if clip is None else clip)
             grad_norm = sharding.whole({"norm": grad_norm})["norm"]
             scale = self.scaler.get_scale()
             bad = self.sentry.judge(loss, grad_norm, overflows=self.scaler.is_enabled())

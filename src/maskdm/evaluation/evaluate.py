@@ -113,7 +113,8 @@ def evaluate_samples(
     if denoising is not None:
         measures["denoising"] = dict(denoising)
     measures |= {"features": extractor.network.provenance(), "provenance": dict(provenance)}
-    measures["verdicts"] = verdicts(measures, subject.called)
+    among = "the training images" if subject.reference is None else called
+    measures["verdicts"] = verdicts(measures, subject.called, among)
     shown = [Pair(i, int(found.feature_places[i])) for i in range(min(SHOWN, len(found.feature_places)))]
     order = np.argsort(found.ratios, kind="stable")[:SHOWN].tolist()
     searched = subject.samples.places(MOST_MATCHED)

@@ -69,7 +69,7 @@ def _ratio(arm: Curve, against: Curve) -> float:
 def _crossed(arm: Curve, against: Curve) -> bool:
     """Whether the one that was sooner at the level that both reach has stopped falling there, and the other goes on: neither is faster."""
     ahead = math.log(_ratio(arm, against))
-    return ahead * (against.best - arm.best) < 0
+    return abs(ahead) > math.log(MARGIN) and ahead * (against.best - arm.best) < 0
 
 
 def _level(arm: Curve, against: Curve) -> float:
@@ -116,26 +116,40 @@ def compare_curves(arm: str, curves: Sequence[Curve], against: str, others: Sequ
         text = f"no verdict on {arm} and {against}: a loss of {' and of '.join(lost)} is not a number; it diverged"
         return Verdict(arm, against, math.nan, None, None, len(ratios), text)
     mean, low, high = (math.exp(value) for value in over_seeds([math.log(ratio) for ratio in ratios]))
-    crossed = any(map(_crossed, curves, others))
-    more = "; the one that is sooner at first does not get as low as the other, which counts as no speed-up" if crossed else ""
-    if not crossed and any(map(_bound, curves, others)):
-        words = _reaches(arm, against, mean, "at least ", SOONER[unit])
-        text = f"{words}, for it was there before it was first measured: a bound, without an interval"
-        return Verdict(arm, against, mean, None, None, len(ratios), text, bound=True)
+    pairs, count = list(zip(curves, others, strict=True)), len(ratios)
+    crossed = sum(_crossed(*pair) for pair in pairs)
+    bounds = sum(_bound(*pair) and not _crossed(*pair) for pair in pairs)
+    if crossed == count:
+        who = f"of {arm} and {against} the one that is sooner at first does not get as low as the other"
+        text = f"neither is faster{_of(crossed, count)}: {who}"
+        return Verdict(arm, against, 1.0, None, None, count, text)
+    more = f"; the one that is sooner at first does not get as low{_of(crossed, count)}, which counts as no speed-up" if crossed else ""
+    if bounds:
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        text = f"no difference shown: the speed-ups of the seeds are {each}, some of them bounds"
+        if min(ratios) > 1 or max(ratios) < 1:
+            words = _reaches(arm, against, mean, "at least ", SOONER[unit])
+            text = f"{words}, for it was there before it was first measured{_of(bounds, count)}: a bound, without an interval"
+        return Verdict(arm, against, mean, None, None, count, text + more, bound=True)
     words = _reaches(arm, against, mean, "", SOONER[unit])
-    if len(ratios) < 2:
+    if count < 2:
         text = f"{words} (one seed, so no interval: take it for no more than a hint, and repeat with --seeds 3)"
-        return Verdict(arm, against, mean, None, None, 1, text + more)
-    forth, back = (f"95 % interval {a:.2f} to {b:.2f}, {len(ratios)} seeds" for a, b in ((low, high), (1 / high, 1 / low)))
+        return Verdict(arm, against, mean, None, None, 1, text)
+    forth, back = (f"95 % interval {a:.2f} to {b:.2f}, {count} seeds" for a, b in ((low, high), (1 / high, 1 / low)))
     if low > 1 and mean >= MARGIN:
         text = f"{arm}: reaches {against}'s best held-out loss {mean:.2f}x {SOONER[unit]} ({forth})"
     elif high < 1 and mean <= 1 / MARGIN:
         text = f"no gain here: {words} ({back})"
-    elif low > 1 / MARGIN and high < MARGIN and not crossed:
+    elif low > 1 / MARGIN and high < MARGIN:
         text = f"no difference: {arm} and {against} are as fast, to {MARGIN - 1:.0%} (speed-up {mean:.2f}, {forth})"
     else:
         text = f"no difference shown: {words} ({forth if mean >= 1 else back}); more seeds or a longer budget may tell"
-    return Verdict(arm, against, mean, low, high, len(ratios), text + more)
+    return Verdict(arm, against, mean, low, high, count, text + more)
+
+
+def _of(some: int, count: int) -> str:
+    """Of how many seeds something is, where there are several."""
+    return "" if count == 1 else f" in {some} of {count} seeds"
 
 
 def _reaches(arm: str, against: str, mean: float, least: str, sooner: str) -> str:

@@ -17,10 +17,10 @@ _RECOGNISED = (
 APART = 1.5
 """Ratio of Frechet distances, at equal counts, above which samples are called farther than new real images."""
 
-_FARTHER = "farther from the training images than"
+_FARTHER = "farther from {} than"
 _APART = (
-    (1.1, "as close to the training images as"),
-    (APART, "nearly as close to the training images as"),
+    (1.1, "as close to {} as"),
+    (APART, "nearly as close to {} as"),
     (5.0, f"visibly {_FARTHER}"),
     (math.inf, f"much {_FARTHER}"),
 )
@@ -39,9 +39,12 @@ Verdict = tuple[bool, str]
 """Whether it is bad news, and the sentence."""
 
 
-def verdicts(measures: Mapping[str, Any], called: str = "training images") -> list[str]:
-    """Sentences about the measures of `evaluate_samples`, the gravest first; `called`: the images of the reference."""
-    found = [_copies(measures, called), _overfitting(measures), _distance(measures), _accuracy(measures), _variety(measures)]
+def verdicts(measures: Mapping[str, Any], called: str = "training images", among: str = "the training images") -> list[str]:
+    """Sentences about the measures of `evaluate_samples`, the gravest first.
+
+    called: the images among which copies were sought. among: those that samples were compared with.
+    """
+    found = [_copies(measures, called), _overfitting(measures), _distance(measures, among), _accuracy(measures), _variety(measures)]
     colour = measures.get("colour")
     found.append((colour["drift"], colour["verdict"]) if colour else None)
     said = sorted((each for each in found if each is not None), key=lambda each: not each[0])
@@ -94,7 +97,7 @@ def _overfitting(measures: Mapping[str, Any]) -> Verdict | None:
     return False, f"No overfitting to speak of: {shown}."
 
 
-def _distance(measures: Mapping[str, Any]) -> Verdict | None:
+def _distance(measures: Mapping[str, Any], among: str) -> Verdict | None:
     distance, floor = measures.get("frechet_distance_matched"), measures.get("frechet_distance_heldout")
     ours, new = _estimate(measures, "kernel_distance"), _estimate(measures, "kernel_distance_heldout")
     if not distance or not floor or ours is None or new is None:
@@ -105,16 +108,17 @@ def _distance(measures: Mapping[str, Any]) -> Verdict | None:
         kernel = f"kernel distance {_between(ours)}, that of new real images {_between(new)}"
         if ours.low > max(new.high, 0.0):  # held out by class, new real images may be below 0: nearer than chance would have it
             words = _grade(ratio, _APART) if telling and ratio > APART else _FARTHER
-            return True, f"Samples are {words} new real images: {kernel}."
+            return True, f"Samples are {words.format(among)} new real images: {kernel}."
         if not telling:
-            return False, f"Samples are not seen to be {_FARTHER} new real images, which are few: {kernel}."
+            return False, f"Samples are not seen to be {_FARTHER.format(among)} new real images, which are few: {kernel}."
         if ratio > APART:
             return (
                 False,
                 f"The kernel distance does not tell samples from real images ({_between(ours)}); their Frechet distance at equal counts is "
                 f"{ratio:.1f} times that of new real images.",
             )
-    return ratio > APART, f"Samples are {_grade(ratio, _APART)} new real images: {ratio:.2g} times the Frechet distance at equal counts."
+    words = _grade(ratio, _APART).format(among)
+    return ratio > APART, f"Samples are {words} new real images: {ratio:.2g} times the Frechet distance at equal counts."
 
 
 def _accuracy(measures: Mapping[str, Any]) -> Verdict | None:

@@ -49,6 +49,9 @@ FINAL, FINALLY = 1000, 4
 """Images of the losses at the end at most, and how many times those of a turn's measurement."""
 
 MAX_REFERENCE = 5000
+
+COUNTED = "of the network's training and of Muon"
+"""What FLOPs are of: a comparison that counted others does not go on, and is not pooled."""
 UNITS: dict[str, tuple[Unit, float]] = {
     "s": ("seconds", 1.0),
     "m": ("seconds", 60.0),
@@ -159,7 +162,7 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
     about: dict[str, Any] = {"budget": request.budget, "seeds": request.seeds, "first_seed": request.first_seed}
     about |= {"data": request.train.data, "config": to_plain(base)}
     about |= {"data_hash": dataset.content_hash, "heldout_images": ruler.count, "training_images": len(training), "environment": machine}
-    about |= {"specs": {arm.name: arm.record() for arm in arms}}
+    about |= {"flops": COUNTED, "specs": {arm.name: arm.record() for arm in arms}}
     about |= {"networks": {arm.name: dict(arm.network.record) for arm in arms if arm.network is not None}}
     return summarize(contest, about, out)
 
@@ -192,7 +195,7 @@ def _begin(
     Returns how many images are measured each time: the same from beginning to end, on whatever machine.
     """
     out = request.train.out
-    asked: dict[str, Any] = {"data": request.train.data, "data_hash": dataset.content_hash, "budget": request.budget}
+    asked: dict[str, Any] = {"data": request.train.data, "data_hash": dataset.content_hash, "budget": request.budget, "flops": COUNTED}
     file, specs = out / "request.json", {arm.name: arm.record() for arm in arms}
     seeds, machines = request.seeds, [machine]
     if file.is_file():
@@ -287,7 +290,9 @@ class _Judge:
         self.training, self.heldout = sets_of(base, dataset)
         self.reference = left_out(base, dataset)
         self.features, self.display = request.features, display
-        self.asked = {"features": request.features, "num": request.num}
+        self.asked: dict[str, Any] = {"features": request.features, "num": request.num}
+        if self.reference is not None:
+            self.asked["reference"] = "images that data.limit leaves out"
         self._network: FeatureNetwork | None = None
 
     def measure(self, each: Contestant, trainer: Trainer) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Contestant:
         progress, stages = trainer.progress, self.config.stages
         images = [done.images + done.probed("images") for done in progress.stages]
         work = sum(self._work(stage.mask) * number for stage, number in zip(stages, images, strict=True))
-        work += trainer.optimizer.flops * sum(done.steps + done.probed("steps") for done in progress.stages)
+        work += trainer.optimizer.flops * sum(done.steps + done.probed("taken") for done in progress.stages)
         pieces = max(done.pieces for done in progress.stages)
         return {"seconds": progress.seconds, "steps": progress.step, "images": sum(images), "flops": work, "pieces": pieces}
 

@@ -17,6 +17,9 @@ from maskdm.runs.store import cache_directory
 
 LEAST_HELDOUT = 10
 
+MOST_LEFT = 50_000
+"""Images that a limit leaves out: as many as data sets are usually measured against, and no more, for all are read."""
+
 CLASSES = "as in the training images"
 """How often each class is asked for where samples are measured; in the record of every such figure."""
 
@@ -53,13 +56,18 @@ def sets_of(config: Config, dataset: Dataset) -> tuple[ImageSet, ImageSet | None
 def left_out(config: Config, dataset: Dataset) -> ImageSet | None:
     """What `data.limit` leaves out of the training images: with a limit samples are compared with these.
 
-    Else a network that repeats its few images would come nearest to them. None without a limit, and where fewer are left than held out.
+    Else a network that repeats its few images would come nearest to them. At most MOST_LEFT of them, drawn by a fixed seed. None without a
+    limit, and where fewer are left than held out.
     """
     if config.data.limit is None:
         return None
     every, heldout = dataset.split(config.data.heldout, config.seed)
     rows = np.setdiff1d(every, dataset.split(config.data.heldout, config.seed, config.data.limit)[0])
-    return image_set(dataset, rows, config.data.conditional) if len(rows) >= max(LEAST_HELDOUT, len(heldout)) else None
+    if len(rows) < max(LEAST_HELDOUT, len(heldout)):
+        return None
+    if len(rows) > MOST_LEFT:
+        rows = np.sort(np.random.default_rng(0).choice(rows, MOST_LEFT, replace=False))
+    return image_set(dataset, rows, config.data.conditional)
 
 
 def image_set(dataset: Dataset, rows: NDArray[np.int64], labelled: bool = True, whole: bool = True) -> ImageSet:

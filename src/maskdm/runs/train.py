@@ -101,14 +101,15 @@ def _train(run: RunDirectory, resolved: Resolved, dataset: Dataset, command: str
         display.note(f"resuming from {saved.path} (step {trainer.progress.step})")
         if trainer.powers.sigma_rel and trainer.powers.time == 0:
             display.note("  it has no averages for snapshots (an older version, or another ema.sigma_rel): they begin here")
-    if config.hardware.compile and trainer.progress.stage < len(config.stages):
-        display.note("compiling the network for each stage: minutes, which count in no budget")
-        trainer.rehearse()
     if run.writes:
         _begin(run, resolved, dataset, trainer, command, report, display)
     ranks.wait()
     ranks.mark("training")
     with ExitStack() as last, _recorded(run, trainer):
+        if config.hardware.compile and trainer.progress.stage < len(config.stages):
+            display.note("compiling the network for each stage: minutes, which count in no budget")
+            trainer.rehearse()
+            ranks.mark("training")
         observer = Observer(run, config, trainer, dataset, (training, heldout), display.note)
         last.callback(observer.trackers.close)  # after the record: it may wait for a server
         if saved is not None:
