@@ -261,14 +261,19 @@ def test_tracking(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_hardware(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (("hardware.precision", "bf16"), ("hardware.threads", "2"), ("hardware.device", "cpu"), ("sampling.num", "9"))
-    directory, _ = run(folder, tmp_path, monkeypatch, settings)
+    directory, lines = run(folder, tmp_path, monkeypatch, settings)
     environment = directory.info()["environment"]
     assert (environment["precision"], environment["threads"], environment["device"]) == ("bf16", 2, "cpu")
     with Image.open(next(directory.samples.iterdir())) as picture:
         assert picture.width == picture.height == 3 * 66 + 2  # nine images
     dataset = prepare(open_source(str(folder)), base(folder).data, tmp_path / "cache", None)
+    with torch.compiler.set_stance("force_eager"):  # the path of a compiled network, without the minute that compiling takes
+        (tmp_path / "compiled").mkdir()
+        _, again = run(folder, tmp_path / "compiled", monkeypatch, (*settings, ("hardware.compile", "true")))
+    plain, forced = ([line["loss"] for line in each if line["event"] == "heldout"] for each in (lines, again))
+    assert forced == plain and len(plain) > 2  # what was rehearsed left nothing behind
     config = override(base(folder), [("hardware.compile", "true"), ("hardware.checkpoint_activations", "selective")])
     trainer = Trainer(config, Loader(dataset, dataset.split(0.25, 0)[0], 0), build(config.model, config.data, 2), CPU, "fp32")
     assert trainer.network is not trainer.model and trainer.model.gradient_checkpointing
-    with torch.compiler.set_stance("force_eager"):  # the path of a compiled network, without the minute that compiling takes
+    with torch.compiler.set_stance("force_eager"):
         assert next(trainer.run()).loss > 0
