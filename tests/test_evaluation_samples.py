@@ -231,7 +231,7 @@ def test_samples_are_compared_with_another_reference_and_copies_sought_among_the
     found = evaluate_samples(extractor, Subject(samples, few, heldout, reference=others), {})
     assert found.measures["reference"] == "979 of 979 images not trained on"
     assert copies(found)["share"] == copies(against_few)["share"] == 1
-    assert number(against_few, "frechet_distance") == pytest.approx(0, abs=1e-3) and number(found, "frechet_distance") > 0.1
+    assert number(against_few, "frechet_distance") == pytest.approx(0, abs=1e-2) and number(found, "frechet_distance") > 0.1
     assert max(pair.training for pair in found.neighbours) < 100
     drawn = evaluate_samples(extractor, Subject(samples, few, heldout, reference=others), {}, 50)
     assert drawn.measures["reference"] == "50 of 979 images not trained on, drawn with seed 0" and copies(drawn)["share"] == 1

@@ -149,3 +149,12 @@ def environment(machine: Machine, threads: int) -> dict[str, str | int]:
         "diffusers": diffusers.__version__,
         "platform": platform.platform(),
     }
+
+
+def compiled(model: torch.nn.Module) -> Any:
+    """The network compiled, for each mask and number of images anew.
+
+    At torch's limit of 8 such forms whatever comes after is left as it is, and nothing but a line in the log says so.
+    """
+    torch._dynamo.config.recompile_limit = 64  # pyright: ignore[reportPrivateUsage]
+    return torch.compile(model, dynamic=False)

@@ -44,7 +44,7 @@ class Together:
     def flops(self) -> float:
         """Arithmetic of a step: Muon's, beside which the others' is nothing."""
         muons = [group for part in self.parts if isinstance(part, Muon) for group in part.param_groups]
-        return sum(flops(*p.shape) for group in muons for p in group["params"])
+        return sum((flops(*p.shape) for group in muons for p in group["params"]), 0.0)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 import warnings
 from collections import deque
@@ -27,7 +28,7 @@ from maskdm.data import Feed, Loader
 from maskdm.draws import derive, draw_step
 from maskdm.engine import sharding
 from maskdm.engine.guard import Sentry, healthy
-from maskdm.engine.hardware import Precision, autocast, out_of_memory, synchronize
+from maskdm.engine.hardware import Precision, autocast, compiled, out_of_memory, synchronize
 from maskdm.engine.memory import more_pieces
 from maskdm.engine.optim import Average, PowerAverages, learning_rate, make_optimizer, part
 from maskdm.engine.progress import Progress, Skipped, StageProgress, Step, Verdict
@@ -36,9 +37,6 @@ from maskdm.engine.teaching import Teaching
 from maskdm.errors import UserError
 from maskdm.masking import num_sequences
 from maskdm.models import Denoiser
-
-COMPILED = 64
-"""Forms of the network that may be compiled: one for each network, mask and number of images."""
 
 
 class Trainer:
@@ -65,9 +63,7 @@ class Trainer:
         self.saver = sharding.Saver(self.ranks) if self.cut else None
         self.model.train()
         self.model.recompute(config.hardware.checkpoint_activations)
-        if config.hardware.compile:  # at 8, the default, whatever comes after is left uncompiled, and nothing but a line in the log says so
-            torch._dynamo.config.recompile_limit = COMPILED  # pyright: ignore[reportPrivateUsage]
-        self.network: Any = torch.compile(self.model, dynamic=False) if config.hardware.compile else self.model
+        self.network: Any = compiled(self.model) if config.hardware.compile else self.model
         if self.ranks.world > 1 and not self.cut:
             seldom = config.model.fuse > 0 or config.model.mask_token  # layers that not every mask needs
             with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer torch has another word for it
@@ -91,11 +87,10 @@ class Trainer:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of the state, by file and name."""
-        moments: dict[str, Tensor] = {}
-        for parameter, state in self.optimizer.state.items():
-            moments |= {f"{key}/{self._names[parameter]}": value for key, value in state.items()}
-        states = {"model": self.model.state_dict(), "average": self.average.model.state_dict()}
-        state = {file: part(self.model, values) for file, values in states.items()} | {"optimizer": moments}
+        states = self.optimizer.state.items()
+        moments: dict[str, Tensor] = {f"{key}/{self._names[p]}": value for p, state in states for key, value in state.items()}
+        both = ("model", self.model), ("average", self.average.model)
+        state = {file: part(self.model, model.state_dict()) for file, model in both} | {"optimizer": moments}
         powers = self.powers.tensors()
         return state | self.teaching.tensors() | {"guard": self.sentry.tensors()} | ({"powers": powers} if powers else {})
 
@@ -173,11 +168,11 @@ class Trainer:
 
     def rehearse(self) -> None:
         """Run a step of every stage that is left and forget it: what the first steps of a process cost beside is then paid."""
-        clock = self._clock  # else the next step would tell of the time
+        clock = self._clock
         with self.apart():
             for stage in self.config.stages[self.progress.stage :]:
                 self.step(stage, StageProgress(), stage.budget, LONG)
-        self._clock = clock
+        self._clock = clock  # else the next step would tell the others of the time
 
     # --- the loop ---
 
@@ -247,8 +242,7 @@ class Trainer:
         with record_function("maskdm: optimizer"):
             for part in self.optimizer.parts:
                 self.scaler.unscale_(part)
-            clip = self.config.optimizer.clip
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if clip is None else clip)
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip or math.inf)
             grad_norm = sharding.whole({"norm": grad_norm})["norm"]
             scale = self.scaler.get_scale()
             bad = self.sentry.judge(loss, grad_norm, overflows=self.scaler.is_enabled())
