@@ -235,8 +235,7 @@ class Trainer:
         """One optimizer step of a stage that has done so much of a budget; of several processes each may take `limit` seconds."""
         started = time.perf_counter()
         number = self.progress.step
-        lr = learning_rate(stage, done.steps, done.course(budget))
-        self.optimizer.set_rate(lr)
+        self.optimizer.set_rate(lr := learning_rate(stage, done.steps, done.course(budget)))
         self.ranks.mark(f"step {number + 1}", limit)
         loss, told = self._tell(self._gradients(stage, done, number))
         with record_function("maskdm: optimizer"):
