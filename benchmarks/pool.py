@@ -29,7 +29,7 @@ def pooled(records: list[dict[str, Any]]) -> tuple[Contest, dict[str, Any]]:
     arms = [name for name in first["arms"] if all(name in record["arms"] for record in records)]
     if not arms:
         raise UserError("the comparisons have no arm in common")
-    for record in records[1:]:
+    for record in records:
         for key in SAME:
             if key not in record or record[key] != first.get(key):
                 raise UserError(f"the comparisons differ in {key}, so their seeds cannot be pooled")

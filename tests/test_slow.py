@@ -85,9 +85,10 @@ for model in (DiTConfig(32, 2, 2, 2), UViTConfig(32, 3, 2, 2)):
     for mask in (PatchMask(0.5), NoMask()):
         losses = []
         for compiled in (False, True):
+            torch.manual_seed(0)  # of the weights
             steps = OurStep(model, 8, 8, mask, "fp32", torch.device("cpu"), compiled).trainer.run()
             losses.append(torch.stack([next(steps).loss.detach() for _ in range(4)]))
-        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
 counters = torch._dynamo.utils.counters
 print(counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
 """

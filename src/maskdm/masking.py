@@ -93,7 +93,7 @@ def draw(mask: Mask, batch: int, grid: Grid, *generators: torch.Generator) -> Ke
 
     The indices are int64 [batch, kept], sorted, with the same `kept` = num_kept(mask, grid) for all. Of a ViewsMask consecutive
     sequences are of one image. Each generator draws for an equal share of the sequences, in order, as it would alone; a share is a
-    multiple of a ViewsMask's groups. One call for many sorts once: on a GPU many small sorts would cost more than what they save.
+    multiple of a ViewsMask's groups. One call for many sorts once, and not in many small kernels.
     """
     kept = num_kept(mask, grid)
     if kept == grid[0] * grid[1]:

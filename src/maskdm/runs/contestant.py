@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,16 @@ def work_of(arm: Arm, base: Config) -> Callable[[Mask], float]:
 
 
 def all_work_of(arm: Arm, base: Config, classes: int) -> Callable[[Stage], float]:
-    """FLOPs of training on an image in a stage, with its share of the optimizer's step."""
+    """FLOPs of training on an image in a stage, with its share of the optimizer's step, for which a network is built when first asked."""
     work, settings = work_of(arm, base), arm.config(base, 0, lambda stage, share: stage.budget)
-    with torch.device("meta"):
-        model = build(arm.model, base.data, classes) if arm.network is None else arm.network.build(classes)
-    step = make_optimizer(model, settings.optimizer, 1.0).flops
-    return lambda stage: work(stage.mask) + step / stage.batch
+
+    @cache
+    def step() -> float:
+        with torch.device("meta"):
+            model = build(arm.model, base.data, classes) if arm.network is None else arm.network.build(classes)
+        return make_optimizer(model, settings.optimizer, 1.0).flops
+
+    return lambda stage: work(stage.mask) + step() / stage.batch
 
 
 class Contestant:

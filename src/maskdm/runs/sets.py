@@ -65,9 +65,8 @@ def left_out(config: Config, dataset: Dataset) -> ImageSet | None:
     rows = np.setdiff1d(every, dataset.split(config.data.heldout, config.seed, config.data.limit)[0])
     if len(rows) < max(LEAST_HELDOUT, len(heldout)):
         return None
-    if len(rows) > MOST_LEFT:
-        rows = np.sort(np.random.default_rng(0).choice(rows, MOST_LEFT, replace=False))
-    return image_set(dataset, rows, config.data.conditional)
+    found = image_set(dataset, rows, config.data.conditional)
+    return found.part(found.places(MOST_LEFT)) if len(found) > MOST_LEFT else found
 
 
 def image_set(dataset: Dataset, rows: NDArray[np.int64], labelled: bool = True, whole: bool = True) -> ImageSet:
