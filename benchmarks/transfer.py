@@ -1,7 +1,7 @@
 """The paper's second claim (arXiv 2306.11363, section 4.3): masked pre-training on many images, then a few of another kind.
 
 `python -m benchmarks.transfer cifar10-train.parquet --few flowers=flowers102-96.parquet:300+1000+3000/flip --few
-emoji=noto-emoji-128.parquet:300+1000 --drop '1f3f[b-f]' --pretrain 10 --budget 2m --seeds 3 --features onnx:WEIGHTS --out DIR`
+emoji=noto-emoji-128.parquet:300+1000 --drop '1f3f[b-f]' --pretrain 10 --budget 4m --seeds 3 --features onnx:WEIGHTS --out DIR`
 
 For every seed a network is pre-trained on masked images and one on whole images, for the same time; then `maskdm compare` fine-tunes
 both, and trains one from scratch, for the same time and at a rate that falls to nothing. The few images are the same for all seeds, so that
