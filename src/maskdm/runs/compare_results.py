@@ -28,6 +28,9 @@ FIGURES = {
 }
 """Figures of an arm, and where they stand in an evaluation."""
 
+SHARES = frozenset({"precision", "recall", "copies"})
+"""Of the figures, those that lie in 0..1, whatever Student's interval of a few seeds says."""
+
 LEAST_STEPS = 40
 """Two a turn; with fewer the turns are not of a length."""
 
@@ -76,6 +79,8 @@ def _figures(contest: Contest, arm: str) -> dict[str, Any]:
         if any(value is None for value in values):
             continue
         estimate = over_seeds([float(value) for value in values])
+        if name in SHARES:
+            estimate = Estimate(estimate.value, *np.clip(estimate[1:], 0.0, 1.0).tolist())
         own = _at(contest.finals[arm][0], (*path[:-1], f"{path[-1]}_interval"))
         found |= _put(name, Estimate(estimate.value, *own) if len(values) == 1 and own is not None else estimate)
     found["stages"] = [_speed(contest, arm, number) for number in range(len(contest.finals[arm][0].get("stages", ())))]
