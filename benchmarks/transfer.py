@@ -1,7 +1,7 @@
 """The paper's second claim (arXiv 2306.11363, section 4.3): masked pre-training on many images, then a few of another kind.
 
 `python -m benchmarks.transfer cifar10-train.parquet --few flowers=flowers102-96.parquet:300+1000+3000/flip --few
-emoji=noto-emoji-128.parquet:300+1000 --drop '1f3f[b-f]' --pretrain 10 --budget 4m --seeds 3 --features onnx:WEIGHTS --out DIR`
+emoji=noto-emoji-128.parquet:300+1000 --drop '1f3f[b-f]' --pretrain 8 --budget 4m --seeds 3 --features onnx:WEIGHTS --out DIR`
 
 For every seed a network is pre-trained on masked images and one on whole images, for the same time; then `maskdm compare` fine-tunes
 both, and trains one from scratch, for the same time and at a rate that falls to nothing. The few images are the same for all seeds, so that
@@ -138,8 +138,8 @@ def main() -> None:
     parser.add_argument("many", help="data of the pre-training")
     parser.add_argument("--few", type=Few.parse, action="append", required=True, help="NAME=DATA:COUNT+COUNT[/flip]: what to fine-tune on")
     parser.add_argument("--drop", help="images of parquet files to fine-tune on whose names this matches are left out")
-    parser.add_argument("--pretrain", type=float, default=10.0, help="minutes of each pre-training")
-    parser.add_argument("--budget", default="2m", help="of each fine-tuning, as `maskdm compare` takes it")
+    parser.add_argument("--pretrain", type=float, default=8.0, help="minutes of each pre-training")
+    parser.add_argument("--budget", default="4m", help="of each fine-tuning, as `maskdm compare` takes it")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="learning rate of the pre-training")
     parser.add_argument("--scratch-lr", type=float, default=1.5e-3, help="that of training from scratch, at its beginning")
