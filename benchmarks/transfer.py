@@ -7,7 +7,7 @@ For every seed a network is pre-trained on masked images and one on whole images
 both, and trains one from scratch, for the same time and at a rate that falls to nothing. The few images are the same for all seeds, so that
 intervals are of the training, not of the choice of images. Samples are compared with images of the set that none was trained on.
 Runs what is left; prints two tables, the figures and the ratios of the distances, seed by seed, and writes DIR/transfer.json. Nothing else
-may run beside it: budgets are times.
+may run on its cores: budgets are times.
 """
 
 from __future__ import annotations

@@ -145,11 +145,14 @@ def test_a_seed_run_apart_is_the_same_and_few_images_are_measured_against_others
 def test_intervals_of_shares_stay_within_what_shares_can_be(tmp_path: Path) -> None:
     """Student's half width of two seeds, 0.9 and 1, is 0.64."""
     record = {"seconds": 1.0, "flops": 1.0, "images": 1.0, "steps": 50, "loss": 0.1, "pieces": 1}
-    finals = [{"precision": 0.9, "recall": 0.1, "frechet_distance": 1.0}, {"precision": 1.0, "recall": 0.0, "frechet_distance": 2.0}]
+    finals = [
+        {"precision": 0.9, "recall": 0.1, "frechet_distance": 1.0, "copies": {"share": 0.0}},
+        {"precision": 1.0, "recall": 0.0, "frechet_distance": 2.0, "copies": {"share": 0.1}},
+    ]
     summarize(Contest({"whole": [[record], [record]]}, {"whole": finals}, "seconds"), {}, tmp_path)
     arm = json.loads((tmp_path / "compare.json").read_text())["arms"]["whole"]
     assert arm["precision_interval"] == [pytest.approx(0.95 - 0.05 * 12.706, abs=1e-3), 1.0]
-    assert arm["recall_interval"] == [0.0, pytest.approx(0.05 + 0.05 * 12.706, abs=1e-3)]
+    assert arm["copies_interval"] == arm["recall_interval"] == [0.0, pytest.approx(0.05 + 0.05 * 12.706, abs=1e-3)]
     assert arm["distance_interval"][1] == pytest.approx(1.5 + 0.5 * 12.706, abs=1e-3)  # a distance has no upper end
 
 

@@ -29,7 +29,7 @@ FIGURES = {
 """Figures of an arm, and where they stand in an evaluation."""
 
 SHARES = frozenset({"precision", "recall", "copies"})
-"""Of the figures, those that lie in 0..1, whatever Student's interval of a few seeds says."""
+"""Of an arm's figures, those that lie in 0..1, whatever Student's interval of a few seeds says."""
 
 LEAST_STEPS = 40
 """Two a turn; with fewer the turns are not of a length."""
