@@ -91,8 +91,8 @@ class Tab:
         found = f"document.querySelector({json.dumps(selector)})"
         self.ask(f"{found}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
         before, now = None, self._place(found)
-        while now != before:  # until nothing moves it any more
-            self.ask("new Promise(done => setTimeout(done, 100))")
+        while now != before:  # until nothing moves it any more; a busy machine draws few frames
+            self.ask("new Promise(done => requestAnimationFrame(() => setTimeout(() => requestAnimationFrame(done), 100)))")
             before, now = now, self._place(found)
         return now
 
@@ -114,9 +114,16 @@ class Tab:
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=buttons, clickCount=1)
 
     def click(self, selector: str) -> None:
-        """Click on the middle of the first element, as a person does."""
+        """Click on the middle of the first element, as a person does: when it is there, and nothing lies over it or moves it away."""
+        until, point = time.monotonic() + 10, self._middle(selector)
+        while not self.ask(f"document.elementFromPoint(...{list(point)})?.closest({json.dumps(selector)}) != null"):
+            assert time.monotonic() < until, f"{selector} is not at {point}"
+            point = self._middle(selector)
+        self.drag(point)
+
+    def _middle(self, selector: str) -> tuple[float, float]:
         left, top, width, height = self.box(selector)
-        self.drag((left + width / 2, top + height / 2))
+        return left + width / 2, top + height / 2
 
     def give_file(self, selector: str, path: Path) -> None:
         """Choose a file in an input."""

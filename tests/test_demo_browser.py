@@ -71,7 +71,10 @@ def is_error(complaint: dict[str, Any]) -> bool:
 def said(tab: Tab, where: str, words: str) -> str:
     """What the page says there, once it has these words in it."""
     text = f"(document.querySelector('#said-{where}')?.innerText ?? '')"
-    tab.wait(f"{text}.includes({json.dumps(words)})", PATIENCE)
+    try:
+        tab.wait(f"{text}.includes({json.dumps(words)})", PATIENCE)
+    except AssertionError as error:
+        raise AssertionError(f"the page says {tab.ask(text)!r} there, and not {words!r}") from error
     return tab.ask(text)
 
 
@@ -82,9 +85,10 @@ def go(tab: Tab, name: str) -> None:
 def fill(tab: Tab, label: str, value: str) -> None:
     """Type into the field of the tab that is open, as a person does."""
     field = f"[...document.querySelectorAll('label')].find(l => l.checkVisibility() && l.innerText.trim() === {json.dumps(label)})"
-    tab.ask(f"{field}.querySelector('input').select()")
+    tab.ask(f"(input => {{ input.focus(); input.select(); }})({field}.querySelector('input'))")
     tab.call("Input.insertText", text=value)
     tab.ask("document.activeElement.blur()")
+    tab.wait(f"{field}.querySelector('input').value === {json.dumps(value)}")
 
 
 def test_images_are_generated_and_their_neighbours_found(tab: Tab) -> None:
