@@ -149,8 +149,13 @@ def test_intervals_of_shares_stay_within_what_shares_can_be(tmp_path: Path) -> N
         {"precision": 0.9, "recall": 0.1, "frechet_distance": 1.0, "copies": {"share": 0.0}},
         {"precision": 1.0, "recall": 0.0, "frechet_distance": 2.0, "copies": {"share": 0.1}},
     ]
-    summarize(Contest({"whole": [[record], [record]]}, {"whole": finals}, "seconds"), {}, tmp_path)
-    arm = json.loads((tmp_path / "compare.json").read_text())["arms"]["whole"]
+    records = [[record], [record]]
+    contest = Contest({"whole": records, "other": records}, {"whole": finals, "other": finals[::-1]}, "seconds")
+    summarize(contest, {}, tmp_path)
+    found = json.loads((tmp_path / "compare.json").read_text())
+    arm, verdict = found["arms"]["whole"], found["verdicts"][0]
+    assert verdict["precision_difference_interval"] == verdict["copies_difference_interval"] == [-1.0, 1.0]
+    assert verdict["distance_difference_interval"] == [pytest.approx(-12.706, abs=1e-3), pytest.approx(12.706, abs=1e-3)]
     assert arm["precision_interval"] == [pytest.approx(0.95 - 0.05 * 12.706, abs=1e-3), 1.0]
     assert arm["copies_interval"] == arm["recall_interval"] == [0.0, pytest.approx(0.05 + 0.05 * 12.706, abs=1e-3)]
     assert arm["distance_interval"][1] == pytest.approx(1.5 + 0.5 * 12.706, abs=1e-3)  # a distance has no upper end

@@ -154,4 +154,5 @@ def _of(some: int, count: int) -> str:
 
 def _reaches(arm: str, against: str, mean: float, least: str, sooner: str) -> str:
     first, second = (arm, against) if mean >= 1 else (against, arm)
-    return f"{first} reaches {second}'s best held-out loss {least}{max(mean, 1 / mean):.2f}x {sooner}"
+    digits = ".3g" if least else ".2f"  # a bound is known less well
+    return f"{first} reaches {second}'s best held-out loss {least}{max(mean, 1 / mean):{digits}}x {sooner}"

@@ -78,9 +78,7 @@ def _figures(contest: Contest, arm: str) -> dict[str, Any]:
         values = [_at(final, path) for final in contest.finals[arm]]
         if any(value is None for value in values):
             continue
-        estimate = over_seeds([float(value) for value in values])
-        if name in SHARES:
-            estimate = Estimate(estimate.value, *np.clip(estimate[1:], 0.0, 1.0).tolist())
+        estimate = _held(name, over_seeds([float(value) for value in values]), 0.0)
         own = _at(contest.finals[arm][0], (*path[:-1], f"{path[-1]}_interval"))
         found |= _put(name, Estimate(estimate.value, *own) if len(values) == 1 and own is not None else estimate)
     found["stages"] = [_speed(contest, arm, number) for number in range(len(contest.finals[arm][0].get("stages", ())))]
@@ -108,6 +106,11 @@ def _at(record: Any, path: Sequence[str]) -> Any:
     return record
 
 
+def _held(name: str, estimate: Estimate, least: float) -> Estimate:
+    """Student's interval knows nothing of what a share can be: it ends at `least` and 1."""
+    return Estimate(estimate.value, *np.clip(estimate[1:], least, 1.0).tolist()) if name in SHARES else estimate
+
+
 def _put(name: str, estimate: Estimate) -> dict[str, Any]:
     return {name: estimate.value, f"{name}_interval": [estimate.low, estimate.high]}
 
@@ -119,7 +122,7 @@ def _verdict(contest: Contest, arm: str, against: str) -> dict[str, Any]:
     for name, path in FIGURES.items():
         pairs = [(_at(a, path), _at(b, path)) for a, b in zip(contest.finals[arm], contest.finals[against], strict=True)]
         if all(a is not None and b is not None for a, b in pairs):
-            found |= _put(f"{name}_difference", over_seeds([a - b for a, b in pairs]))
+            found |= _put(f"{name}_difference", _held(name, over_seeds([a - b for a, b in pairs]), -1.0))
     fewest = min(int(seed[-1]["steps"]) for name in (arm, against) for seed in contest.records[name])
     if fewest < LEAST_STEPS and math.isfinite(verdict.speedup):
         return found | {"text": f"no verdict on {arm} and {against}: {fewest} steps are too few; give a longer budget"}
