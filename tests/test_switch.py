@@ -15,7 +15,7 @@ from maskdm.cli import run_command
 from maskdm.config import Budget, Config, Data, DiTConfig, Ema, NoMask, PatchMask, Stage
 from maskdm.data import Dataset, Loader
 from maskdm.engine import Switch, Trainer
-from maskdm.engine.switch import LENGTH, MARKS, pays
+from maskdm.engine.switch import LENGTH, MARKS, best_end
 from maskdm.errors import UserError
 from maskdm.models import build
 from maskdm.recipes import recipe
@@ -47,17 +47,28 @@ def train(run: Trainer, measured: list[float]) -> list[int]:
 
 
 GOES_ON = [v for i in range(5) for v in (1.0 - 0.1 * i, 0.999 - 0.1 * i)]
+"""Of each probe half and whole: what whole images bring is a hundredth of what masked ones do."""
+
+ENDS = [1.1, 1.0, 0.99, 0.94]
+"""At a tenth of the budget 1, at a quarter 0.94, after a fall by 0.05 within half of the probe: b = 0.01, c = 0.072."""
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes of however few steps, so that the runs of tests can be short."""
+    monkeypatch.setattr("maskdm.engine.switch.LEAST", 0)
+
+
+@pytest.mark.usefixtures("short")
 def test_probes_leave_nothing_behind_but_their_cost() -> None:
     """Where masked training always pays, the steps are those of a stage that was never probed, fewer by the probes' cost."""
     run, plain = trainer(config()), trainer(config(auto=False))
     weights: dict[int, torch.Tensor] = {}
     for step in plain.run():
         weights[step.number] = plain.model.out.weight.detach().clone()
-    assert train(run, list(GOES_ON)) == [40, 80, 140, 200, 280]
+    assert train(run, list(GOES_ON)) == [40, 100, 200]
     first = run.progress.stages[0]
-    assert len(first.probes) == len(MARKS) and first.probed("images") == pytest.approx(4 * 400 * LENGTH * 5, rel=0.3)
+    assert len(first.probes) == len(MARKS) and first.probed("images") == pytest.approx(4 * 400 * LENGTH * 3, rel=0.3)
     assert first.images + first.probed("images") == pytest.approx(1600, abs=8) and not first.ended
     again = trainer(config())
     switch, count = Switch(again, lambda values=list(GOES_ON): values.pop(0)), 0
@@ -69,23 +80,32 @@ def test_probes_leave_nothing_behind_but_their_cost() -> None:
     assert count == first.steps
 
 
-def test_a_stage_ends_when_whole_images_bring_more_and_leaves_its_rest_to_the_next() -> None:
+@pytest.mark.usefixtures("short")
+def test_a_stage_ends_where_it_is_best_and_leaves_its_rest_to_the_next() -> None:
     run = trainer(config())
-    probed = train(run, [1.0, 0.99, 0.98, 0.90])  # masked: 0.09 in a tenth of the budget; whole: 0.08 in a hundredth
-    assert probed == [40, 80] and run.progress.stages[0].ended
+    assert train(run, list(ENDS)) == [40, 100] and run.progress.stages[0].ended
     masked, whole = run.progress.stages
+    total = 1 + 80 * 2.3 / 400  # about: half of the patches cost less than half
+    best = min(range(1, 401), key=lambda t: 0.01 * 400 / t - 0.072 * math.log(total - t / 400))
+    assert masked.steps == pytest.approx(best, abs=8)
     left = 1600 - masked.images - masked.probed("images")
-    ratio = 1 / 2.3  # about: half of the patches cost less than half
-    assert whole.images == pytest.approx(320 + left * ratio, rel=0.1)
+    assert whole.images == pytest.approx(320 + left / 2.3, rel=0.1)
     assert whole.images == math.ceil((run.budget(1).images or 0) / 4) * 4  # whole steps of four
     assert not whole.probes
 
 
+def test_a_stage_of_too_few_steps_is_not_probed_and_ends_halfway() -> None:
+    run = trainer(config())
+    assert train(run, []) == []
+    masked, whole = run.progress.stages
+    assert masked.ended and masked.steps == 200 and whole.images == pytest.approx(320 + 800 / 2.3, rel=0.1)
+
+
+@pytest.mark.usefixtures("short")
 def test_a_stopped_run_goes_on_to_the_same_end() -> None:
     whole, parts = trainer(config()), trainer(config())
-    values = [1.0, 0.99, 0.98, 0.90]
-    train(whole, list(values))
-    left = list(values)
+    train(whole, list(ENDS))
+    left = list(ENDS)
     switch = Switch(parts, lambda: left.pop(0))
     for step in parts.run():
         switch.after()
@@ -98,21 +118,35 @@ def test_a_stopped_run_goes_on_to_the_same_end() -> None:
     assert torch.equal(resumed.model.out.weight, whole.model.out.weight)
 
 
-@pytest.mark.parametrize("best", [0.3, 0.5, 0.7])
-def test_the_rule_ends_near_the_best_split_of_known_curves(best: float) -> None:
-    """Masked training multiplies a distance by exp(-t / best) until it saturates; whole images then bring a constant rate."""
+@pytest.mark.parametrize("total", [1.1, 1.25, 3.0])
+@pytest.mark.parametrize("masked", [0.0005, 0.005, 0.02])
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_the_rule_ends_near_the_best_split_of_known_curves(power: float, masked: float, total: float) -> None:
+    """Of its own law, and of two that fall slower and faster: at the loss of the best split, or of one that costs 5 % more in all."""
+    falls, length = 0.004, 0.02
 
-    def after_probe(at: float) -> float:
-        return 1.0 + math.exp(-3 * at / best)
+    def loss(t: float, w: float) -> float:
+        return masked / power / t**power - falls * math.log(w)
 
-    rate = 3 / best * math.exp(-3.0)  # of whole images: what masked ones bring at `best`
-    probes, ended = list[dict[str, float]](), 1.0
+    probes, until, at = list[dict[str, float]](), 1.0, 0.0
     for mark in MARKS:
-        probes.append({"at": mark, "half": after_probe(mark) + rate * LENGTH / 2, "full": after_probe(mark), "second": LENGTH / 2})
-        if not pays(probes):
-            ended = mark
-            break
-    assert best - 0.1 <= ended <= best + 0.3
+        if mark < until:
+            half, full = loss(mark, length / 2), loss(mark, length)
+            probes.append({"at": mark, "half": half, "full": full, "middle": 16.0, "taken": 32.0})
+            until = best_end(probes, total)
+            at = max(mark, until)
+    ends = [loss(t / 100, total - t / 100) for t in range(5, 101)]
+    more = math.expm1((loss(at, total - at) - min(ends)) / falls) * (total - at)  # whole training that would make up for it
+    assert more <= 0.055 * total
+
+
+def test_what_probes_cannot_tell() -> None:
+    probe = {"at": 0.1, "half": 0.2, "full": 0.19, "middle": 16.0, "taken": 32.0}
+    assert best_end([probe], 1.25) == 1.0  # no other to compare it with
+    older = {"at": 0.2, "half": 0.2, "full": 0.1, "second": 0.01}
+    assert best_end([older, probe | {"at": 0.25}], 1.25) == 1.0
+    assert best_end([probe, probe | {"at": 0.25}], 1.25) == 0.0  # masked training brings nothing any more
+    assert best_end([probe, probe | {"at": 0.25, "half": 0.17, "full": 0.18}], 1.25) == 1.0  # whole images bring nothing yet
 
 
 @pytest.mark.parametrize(
@@ -137,6 +171,7 @@ def test_an_arm_may_end_by_evidence() -> None:
     assert arm.describe().startswith("patch-75 for at most 80%")
 
 
+@pytest.mark.usefixtures("short")
 def test_a_run_says_what_its_probes_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--width", "16", "--depth", "2", "--heads", "2", "--sampling.steps", "1", "--sampling.num", "4", "--tracking", "[]"]
     budgets = ["--pretrain.budget.steps", "50", "--pretrain.budget.auto", "true", "--finetune.budget.steps", "10"]

@@ -188,14 +188,16 @@ class Observer:
         self.save()
 
     def _probe(self, step: Step) -> bool:
-        """Whether a probe that was due has ended the stage."""
+        """Whether the stage is ended by evidence, which a probe may have brought that was due."""
         found = self.switch.after()
-        if found is None:
-            return False
-        self.run.log("probe", step.number, stage=step.stage.name, half=found.half, loss=found.full, ends=found.ends)
-        said = "whole images bring more: the stage ends" if found.ends else "masked training goes on"
-        self.note(f"probe of whole images at step {step.number}: held-out loss {found.full:.4f}; {said}")
-        return found.ends
+        ended = self.trainer.progress.stages[self.trainer.progress.stage].ended
+        if found is not None:
+            self.run.log("probe", step.number, stage=step.stage.name, half=found.half, loss=found.full, until=found.until, ends=ended)
+            said = "ends here" if ended else f"goes on to {found.until:.0%} of its budget"
+            self.note(f"probe of whole images at step {step.number}: held-out loss {found.full:.4f}; the masked stage {said}")
+        elif ended:
+            self.note(f"the masked stage ends at step {step.number}: what is left goes to the next")
+        return ended
 
     def _say_pieces(self, step: Step) -> None:
         size = step.stage.batch // step.pieces
