@@ -15,7 +15,7 @@ from maskdm.cli import run_command
 from maskdm.config import Budget, Config, Data, DiTConfig, Ema, NoMask, PatchMask, Stage
 from maskdm.data import Dataset, Loader
 from maskdm.engine import Switch, Trainer
-from maskdm.engine.switch import LENGTH, MARKS, best_end
+from maskdm.engine.switch import KEPT, LENGTH, MARKS, best_end
 from maskdm.errors import UserError
 from maskdm.models import build
 from maskdm.recipes import recipe
@@ -86,7 +86,7 @@ def test_a_stage_ends_where_it_is_best_and_leaves_its_rest_to_the_next() -> None
     assert train(run, list(ENDS)) == [40, 100] and run.progress.stages[0].ended
     masked, whole = run.progress.stages
     total = 1 + 80 * 2.3 / 400  # about: half of the patches cost less than half
-    best = min(range(1, 401), key=lambda t: 0.01 * 400 / t - 0.072 * math.log(total - t / 400))
+    best = min(range(1, 401), key=lambda t: KEPT * 0.01 * 400 / t - 0.072 * math.log(total - t / 400))
     assert masked.steps == pytest.approx(best, abs=8)
     left = 1600 - masked.images - masked.probed("images")
     assert whole.images == pytest.approx(320 + left / 2.3, rel=0.1)
@@ -126,7 +126,7 @@ def test_the_rule_ends_near_the_best_split_of_known_curves(power: float, masked:
     falls, length = 0.004, 0.02
 
     def loss(t: float, w: float) -> float:
-        return masked / power / t**power - falls * math.log(w)
+        return (KEPT if w > length else 1.0) * masked / power / t**power - falls * math.log(w)
 
     probes, until, at = list[dict[str, float]](), 1.0, 0.0
     for mark in MARKS:
