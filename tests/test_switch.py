@@ -145,6 +145,7 @@ def test_what_probes_cannot_tell() -> None:
     assert best_end([probe], 1.25) == 1.0  # no other to compare it with
     older = {"at": 0.2, "half": 0.2, "full": 0.1, "second": 0.01}
     assert best_end([older, probe | {"at": 0.25}], 1.25) == 1.0
+    assert best_end([probe, probe | {"at": 0.25, "full": math.nan}, probe | {"at": 0.5, "half": math.inf}], 1.25) == 0.5  # and none to come
     assert best_end([probe, probe | {"at": 0.25}], 1.25) == 0.0  # masked training brings nothing any more
     assert best_end([probe, probe | {"at": 0.25, "half": 0.17, "full": 0.18}], 1.25) == 1.0  # whole images bring nothing yet
 

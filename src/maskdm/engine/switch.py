@@ -2,7 +2,7 @@
 
 The whole-image loss of a network that has seen masked images alone says little of what they taught it: most of it comes back within a
 few steps on whole images. So the stage is asked by probes: at some moments the next stage is begun, apart, and its loss measured when
-half of the probe and all of it is spent. Two laws are read off them, which held in every run that was looked at (docs/experiments.md):
+half of the probe and all of it is spent. Two laws are read off them, which held in runs of hundreds of steps (docs/experiments.md):
 the loss after as many whole steps is a + b / t for t of masked training, and after the switch it falls by c for each e-fold of whole
 training. Whole training makes up for a part of b, and `KEPT` of it is left. So the run ends at a + b / t - c log(T - t), T being what
 both stages may cost, which is least where c t^2 = b (T - t).
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from maskdm.arithmetic import cost_ratio
 from maskdm.config import Budget, Stage
 from maskdm.engine.progress import StageProgress
+from maskdm.engine.ranks import LONG
 from maskdm.engine.trainer import Trainer
 
 MARKS = (0.1, 0.25, 0.5)
@@ -34,7 +35,7 @@ UNPROBED = 0.5
 """Share of its budget at which a stage ends whose probes would be of fewer steps."""
 
 KEPT = 0.45
-"""Of what longer masked training is ahead by at the end of a probe, what it is ahead by at the end of the run: measured, 0.2 to 0.44."""
+"""Of what longer masked training is ahead by at the end of a probe, what it is ahead by at the end of the run: measured, 0.2 to 0.47."""
 
 WARMUP = 10
 """Steps of a probe over which its learning rate rises, at most: its stage's own warm-up may be longer than the probe."""
@@ -71,7 +72,7 @@ class Switch:
         if tells and at < until and at >= next((mark for mark in MARKS if mark > last), math.inf):
             probe = self._probe(number, costs)
             done.probes.append({"at": at} | probe)
-            until = best_end(done.probes, costs.total - spent)
+            until = best_end(done.probes, costs.total - (done.share(stage.budget) - at))
             found = Probe(probe["half"], probe["full"], until)
         if at >= until or (found and done.share(stage.budget) >= 1):
             self.trainer.end_stage()
@@ -93,7 +94,8 @@ class Switch:
                     self.trainer.step(quick, spent, following.budget)
                 taken.append(spent.steps)
                 started = time.perf_counter()
-                losses.append(self.measure())
+                with self.trainer.ranks.at("evaluating", LONG):
+                    losses.append(self.measure())
                 measuring += time.perf_counter() - started
         found = {"half": losses[0], "full": losses[1], "middle": float(taken[0]), "taken": float(taken[1])}
         seconds = spent.seconds + self.trainer.ranks.from_first(measuring)  # the first's clock is all processes'
@@ -127,14 +129,14 @@ class Costs:
 
 
 def best_end(probes: Sequence[dict[str, float]], total: float) -> float:
-    """Share of its budget at which a masked stage ends best, 0..1, when both may cost `total`; 1 as long as there are not two probes.
+    """Share of its budget at which a masked stage ends best, 0..1, when both may cost `total`; 1 until there are two probes.
 
     b is read off the last two, c off all but the first, whose loss falls faster than it will. Probes of an older version, which did not
-    count their steps, tell nothing.
+    count their steps, tell nothing, nor do those whose losses are not numbers; where two are not to be had any more, it is `UNPROBED`.
     """
-    known = [probe for probe in probes if "middle" in probe]
+    known = [probe for probe in probes if "middle" in probe and math.isfinite(probe["half"]) and math.isfinite(probe["full"])]
     if len(known) < 2:
-        return 1.0
+        return 1.0 if not probes or any(mark > probes[-1]["at"] for mark in MARKS) else UNPROBED
     before, last = known[-2:]
     masked = KEPT * (before["full"] - last["full"]) / (1 / before["at"] - 1 / last["at"])
     rates = [(each["half"] - each["full"]) / math.log(each["taken"] / each["middle"]) for each in known[1:]]
