@@ -222,6 +222,23 @@ def test_other_data_and_damage_are_refused_by_name(finished: Path, tmp_path: Pat
     assert run_command(["sample", str(finished), "--num", "1", "--steps", "1", "--out", str(tmp_path / "s")]) == 0
 
 
+def test_a_run_goes_on_where_the_same_images_were_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Onto a cluster's own disk, say: files have other times there, and their folder another name."""
+    images, out = np.random.default_rng(0).integers(0, 255, (20, 8, 8), dtype=np.uint8), ["--out", str(tmp_path / "run")]
+    here, there = tmp_path / "here.npy", tmp_path / "there.npy"
+    np.save(here, images)
+    assert run_command(["train", str(here), *out, *TINY, "--patch", "2"]) == 0
+    np.save(there, images)
+    os.utime(there, (0, 0))
+    capsys.readouterr()
+    assert run_command(["train", str(there), *out]) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert run_command(["train", str(there), *out, "--finetune.budget.steps", "6", "--fork"]) == 0
+    np.save(there, 255 - images)
+    assert run_command(["train", str(there), *out]) == 2
+    assert "other data or has changed since" in capsys.readouterr().err
+
+
 def test_samples_have_stable_names_and_do_not_depend_on_the_batch(finished: Path, tmp_path: Path) -> None:
     common = ["--num", "5", "--steps", "4", "--seed", "3", "--labels", "7", "2"]
     for name, extra in (("a", ["--batch", "5"]), ("b", ["--batch", "2"]), ("c", ["--scheduler", "unipc"])):

@@ -67,8 +67,8 @@ def resolve(request: TrainRequest) -> Resolved:
     if request.recipe and request.config_file:
         raise UserError("--recipe and --config both given; name one")
     source = open_source(request.data)
-    if run.started:
-        _check_same_data(run, source)
+    if run.started and source.index is None and len(source) != images_of(run):
+        raise other_data(run, source.name)  # before all of it is decoded to find that out
     base, reasons = _base(request, run, source)
     config = override(base, request.settings)
     config = replace(config, data=with_shape(replace(config.data, source=request.data)))
@@ -160,13 +160,18 @@ def facts_of(source: Source, summary: Summary, machine: Machine) -> Facts:
     )
 
 
-def _check_same_data(run: RunDirectory, source: Source) -> None:
+def images_of(run: RunDirectory) -> int:
+    """Of how many images a run was begun with, those that could not be read among them."""
     known = run.info()["data"]
-    if known["fingerprint"] != source.fingerprint():
-        raise UserError(
-            f"{run.path} was trained on {known['name']}, and {source.name} is other data or has changed since; "
-            f"give another --out, and --init {run.path} to start from its weights"
-        )
+    return known["count"] + known["num_broken"]
+
+
+def other_data(run: RunDirectory, name: str) -> UserError:
+    """What is said where a run is to go on with data that is not its own."""
+    return UserError(
+        f"{run.path} was trained on {run.info()['data']['name']}, and {name} is other data or has changed since; "
+        f"give another --out, and --init {run.path} to start from its weights"
+    )
 
 
 def _changes(run: RunDirectory, config: Config, fork: bool) -> tuple[str, ...]:

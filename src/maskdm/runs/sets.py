@@ -37,13 +37,17 @@ def dataset_of(run: RunDirectory, config: Config, data: str | None, display: Dis
         raise UserError(f"{error}; {run.path} was trained on it: {way}") from None
     with display.counting("decoding images") as progress:
         dataset = prepare(source, config.data, cache_directory(), progress)
-    known = run.info()["data"]
-    same_classes = not known["classes"] or list(dataset.class_names) == known["classes"]
-    if dataset.content_hash != known["content_hash"] or not same_classes:
+    if not is_data_of(run, dataset):
         raise UserError(
             f"{source.name} is not the data that {run.path} was trained on, or has changed since; its held-out images are unknown"
         )
     return dataset
+
+
+def is_data_of(run: RunDirectory, dataset: Dataset) -> bool:
+    """Whether a run was trained on these images and classes, wherever they lie now and whenever their files were written."""
+    known = run.info()["data"]
+    return dataset.content_hash == known["content_hash"] and known["classes"] in ([], list(dataset.class_names))
 
 
 def sets_of(config: Config, dataset: Dataset) -> tuple[ImageSet, ImageSet | None]:

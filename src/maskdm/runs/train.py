@@ -32,7 +32,8 @@ from maskdm.runs.display import Display, TrainingBar
 from maskdm.runs.latents import with_latents
 from maskdm.runs.observe import Observer, Unsound, update_info
 from maskdm.runs.plan import plan_lines, stage_records
-from maskdm.runs.resolve import Resolved, TrainRequest, resolve
+from maskdm.runs.resolve import Resolved, TrainRequest, other_data, resolve
+from maskdm.runs.sets import is_data_of
 from maskdm.runs.store import cache_directory, class_names, load_denoiser, load_state
 from maskdm.settings import to_yaml
 
@@ -67,18 +68,26 @@ def _of_one(request: TrainRequest, command: str, display: Display, ranks: Ranks)
     finished = began and run.info()["status"] == "finished" and not resolved.changed
     ranks.wait()  # all have seen what is there, and the first may write
     run.writes = ranks.first
-    if finished:
-        if run.writes:
-            write_report(run.path)  # a kill may have come between the last two
-        return f"{run.path} is finished already; nothing to do\n{_results(run)}"
+    if finished and run.info()["data"]["fingerprint"] == resolved.source.fingerprint():
+        return _nothing_to_do(run)
     set_up_torch(config, resolved, ranks.beside)
     dataset = ranks.after_first(lambda: prepare_data(resolved, display), first=ranks.local == 0)
+    if began and not is_data_of(run, dataset):
+        raise other_data(run, request.data)
+    if finished:
+        return _nothing_to_do(run)
     config, dataset = with_latents(config, dataset, resolved.machine, ranks, display)
     resolved = replace(resolved, config=config)
     with run.alone() if run.writes else nullcontext():
         if run.writes and run.started != began:
             raise UserError(f"another process has begun a run in {run.path} meanwhile; run the command again")
         return _train(run, resolved, dataset, command, display, ranks)
+
+
+def _nothing_to_do(run: RunDirectory) -> str:
+    if run.writes:
+        write_report(run.path)  # a kill may have come between the last two
+    return f"{run.path} is finished already; nothing to do\n{_results(run)}"
 
 
 def _train(run: RunDirectory, resolved: Resolved, dataset: Dataset, command: str, display: Display, ranks: Ranks) -> str:
