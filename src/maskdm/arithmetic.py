@@ -45,11 +45,6 @@ def stage_flops(config: Config, stage: Stage, images: int | float) -> float:
     return flops(config, stage.mask, images) * (1 + passes / 3)
 
 
-def cost_ratio(config: Config, mask: Mask, other: Mask) -> float:
-    """Arithmetic of an image under a mask over that under another."""
-    return flops(config, mask, 1) / flops(config, other, 1)
-
-
 def tokens_per_image(config: Config, mask: Mask) -> int:
     """Tokens of an image that the first block works on, over all its sequences."""
     return num_sequences(mask) * _tokens(config, mask)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from maskdm.config.check import require
@@ -19,12 +19,21 @@ class Budget:
     steps: Annotated[int | None, "optimizer steps"] = None
     images: Annotated[int | None, "training images seen, repetitions counted"] = None
     minutes: Annotated[float | None, "minutes of training, evaluation and saving not counted"] = None
-    auto: Annotated[bool, "end sooner, when short probes say that whole images bring more; what is left goes to the next stage"] = False
+    auto: Annotated[bool, "end at what short probes of the next stage say is best, or before; what is left goes to the next stage"] = False
 
     def __post_init__(self) -> None:
         limits = [v for v in (self.steps, self.images, self.minutes) if v is not None]
         require(bool(limits), "a stage's budget is empty; set budget.steps, budget.images or budget.minutes")
         require(all(v > 0 for v in limits), "a stage's budget must be above 0")
+
+    def extended(self, other: Budget, share: float, images: float, steps: float) -> Budget:
+        """Longer by a share of another stage's budget, of which an image is worth `images` of this one's, and a step `steps`."""
+        return replace(
+            self,
+            steps=self.steps and round(self.steps + share * steps * (other.steps or 0)),
+            images=self.images and round(self.images + share * images * (other.images or 0)),
+            minutes=self.minutes and self.minutes + share * (other.minutes or 0.0),
+        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from maskdm.arithmetic import cost_ratio
 from maskdm.config import Budget, Stage
 from maskdm.engine.progress import StageProgress
 from maskdm.engine.ranks import LONG
@@ -58,19 +57,20 @@ class Switch:
 
     def after(self) -> Probe | None:
         """What is due after a step: nothing, or a probe. It may have ended the stage, of which `ended` tells in its progress."""
-        number = self.trainer.progress.stage
-        if number + 1 >= len(self.trainer.config.stages) or not self.trainer.config.stages[number].budget.auto:
+        number, stages = self.trainer.progress.stage, self.trainer.config.stages
+        if number + 1 >= len(stages) or not stages[number].budget.auto:
             return None
-        stage, done = self.trainer.config.stages[number], self.trainer.progress.stages[number]
+        stage, following, done = stages[number], stages[number + 1], self.trainer.progress.stages[number]
         at = replace(done, probes=[]).share(stage.budget)
         last = done.probes[-1]["at"] if done.probes else 0.0
         if done.ended or at < MARKS[0]:
             return None
-        costs, spent, found = self._costs(number), done.share(stage.budget) - at, None
+        costs = Costs.of(stage, following, self.trainer.cost(following) / self.trainer.cost(stage))
+        spent, found = done.share(stage.budget) - at, None
         tells = done.probes or LENGTH * done.steps / at / costs.steps >= LEAST
         until = best_end(done.probes, costs.total - spent) if tells else UNPROBED
         if tells and at < until and at >= next((mark for mark in MARKS if mark > last), math.inf):
-            probe = self._probe(number, costs)
+            probe = self._probe(stage, following, costs)
             done.probes.append({"at": at} | probe)
             until = best_end(done.probes, costs.total - (done.share(stage.budget) - at))
             found = Probe(probe["half"], probe["full"], until)
@@ -78,13 +78,8 @@ class Switch:
             self.trainer.end_stage()
         return found
 
-    def _costs(self, number: int) -> Costs:
-        stage, following = self.trainer.config.stages[number : number + 2]
-        return Costs.of(stage, following, cost_ratio(self.trainer.config, following.mask, stage.mask))
-
-    def _probe(self, number: int, costs: Costs) -> dict[str, float]:
+    def _probe(self, stage: Stage, following: Stage, costs: Costs) -> dict[str, float]:
         """Begin the next stage, measure, and forget it; costs in units of this stage's budget."""
-        stage, following = self.trainer.config.stages[number : number + 2]
         spent, quick, measuring = StageProgress(), replace(following, warmup=min(following.warmup, WARMUP)), 0.0
         losses, taken = list[float](), list[int]()
         with self.trainer.apart(following):

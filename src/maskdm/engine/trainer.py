@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from maskdm.arithmetic import cost_ratio
+from maskdm.arithmetic import stage_flops
 from maskdm.config import Budget, Config, Stage
 from maskdm.data import Feed, Loader
 from maskdm.draws import derive, draw_step
@@ -194,14 +194,12 @@ class Trainer:
         if number == 0 or not before.budget.auto:
             return stage.budget
         left = 1 - self.progress.stages[number - 1].share(before.budget)
-        images = left * cost_ratio(self.config, before.mask, stage.mask)
-        steps, limit = images * before.batch / stage.batch, stage.budget
-        return replace(
-            limit,
-            steps=limit.steps and round(limit.steps + steps * (before.budget.steps or 0)),
-            images=limit.images and round(limit.images + images * (before.budget.images or 0)),
-            minutes=limit.minutes and limit.minutes + left * (before.budget.minutes or 0.0),
-        )
+        images = self.cost(before) / self.cost(stage)
+        return stage.budget.extended(before.budget, left, images, images * before.batch / stage.batch)
+
+    def cost(self, stage: Stage) -> float:
+        """Arithmetic of a stage for an image, with its part of the optimizer's."""
+        return stage_flops(self.config, stage, 1) + self.optimizer.flops / stage.batch
 
     def end_stage(self) -> None:
         """End the stage at the step just yielded, whatever is left of its budget."""

@@ -72,7 +72,7 @@ def describe_budget(budget: Budget) -> str:
     parts = [f"{budget.steps} steps"] if budget.steps else []
     parts += [f"{budget.images} images"] if budget.images else []
     parts += [f"{budget.minutes:g} minutes"] if budget.minutes else []
-    return ("at most " if budget.auto else "") + " or ".join(parts) + (", to end when whole images bring more" if budget.auto else "")
+    return ("at most " if budget.auto else "") + " or ".join(parts) + (", to end by probes of the next stage" if budget.auto else "")
 
 
 def plan_lines(config: Config, machine: Machine) -> list[str]:
