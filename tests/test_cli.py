@@ -236,7 +236,10 @@ def test_a_run_goes_on_where_the_same_images_were_copied(tmp_path: Path, capsys:
     assert run_command(["train", str(there), *out, "--finetune.budget.steps", "6", "--fork"]) == 0
     np.save(there, 255 - images)
     assert run_command(["train", str(there), *out]) == 2
-    assert "other data or has changed since" in capsys.readouterr().err
+    assert "is other data, has changed since" in capsys.readouterr().err
+    np.savez(tmp_path / "classes.npz", x=images, y=np.arange(20) % 2)  # by classes other images would be held out
+    assert run_command(["train", str(tmp_path / "classes.npz"), *out]) == 2
+    assert "is other data, has changed since" in capsys.readouterr().err
 
 
 def test_samples_have_stable_names_and_do_not_depend_on_the_batch(finished: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from maskdm.arithmetic import flops
 from maskdm.cli import run_command
-from maskdm.config import Budget, Config, Data, DiTConfig, Ema, NoMask, PatchMask, Stage
+from maskdm.config import Budget, Config, Data, DiTConfig, Ema, NoMask, Optimizer, PatchMask, Stage
 from maskdm.data import Dataset, Loader
 from maskdm.engine import Switch, Trainer
 from maskdm.engine.switch import KEPT, LENGTH, MARKS, best_end
@@ -92,6 +93,16 @@ def test_a_stage_ends_where_it_is_best_and_leaves_its_rest_to_the_next() -> None
     assert whole.images == pytest.approx(320 + left / 2.3, rel=0.1)
     assert whole.images == math.ceil((run.budget(1).images or 0) / 4) * 4  # whole steps of four
     assert not whole.probes
+
+
+def test_what_is_left_is_worth_the_optimizers_arithmetic_too() -> None:
+    settings = config()
+    settings = replace(settings, optimizer=Optimizer("muon"), stages=(replace(settings.stages[0], batch=8), settings.stages[1]))
+    run = trainer(settings)
+    whole, masked = (flops(settings, stage.mask, 1) + run.optimizer.flops / stage.batch for stage in reversed(settings.stages))
+    assert run.optimizer.flops > 0 and whole / masked != pytest.approx(2.3, rel=0.05)
+    run.progress.stages[0] = replace(run.progress.stages[0], images=800, ended=True)
+    assert run.budget(1).images == round(320 + 800 * masked / whole)
 
 
 def test_a_stage_of_too_few_steps_is_not_probed_and_ends_halfway() -> None:

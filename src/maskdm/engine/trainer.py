@@ -198,7 +198,7 @@ class Trainer:
         return stage.budget.extended(before.budget, left, images, images * before.batch / stage.batch)
 
     def cost(self, stage: Stage) -> float:
-        """Arithmetic of a stage for an image, with its part of the optimizer's."""
+        """Arithmetic of a stage for an image, with its part of the optimizer's in one process."""
         return stage_flops(self.config, stage, 1) + self.optimizer.flops / stage.batch
 
     def end_stage(self) -> None:

@@ -106,7 +106,9 @@ class Contestant:
     def spent(self, trainer: Trainer) -> Record:
         """Seconds, steps, images and FLOPs so far, Muon's among them, and the pieces that batches are computed in."""
         progress, stages = trainer.progress, self.config.stages
-        images = [done.images + done.probed("images") for done in progress.stages]
+        images = [float(done.images) for done in progress.stages]
+        for place, after in enumerate(stages[1:], 1):  # probes are steps of the stage after
+            images[place] += progress.stages[place - 1].probed("taken") * after.batch
         work = sum(self._work(stage.mask) * number for stage, number in zip(stages, images, strict=True))
         work += trainer.optimizer.flops * sum(done.steps + done.probed("taken") for done in progress.stages)
         pieces = max(done.pieces for done in progress.stages)

@@ -67,7 +67,7 @@ def resolve(request: TrainRequest) -> Resolved:
     if request.recipe and request.config_file:
         raise UserError("--recipe and --config both given; name one")
     source = open_source(request.data)
-    if run.started and source.index is None and len(source) != images_of(run):
+    if run.started and source.index is None and len(source) < run.info()["data"]["count"]:
         raise other_data(run, source.name)  # before all of it is decoded to find that out
     base, reasons = _base(request, run, source)
     config = override(base, request.settings)
@@ -160,17 +160,13 @@ def facts_of(source: Source, summary: Summary, machine: Machine) -> Facts:
     )
 
 
-def images_of(run: RunDirectory) -> int:
-    """Of how many images a run was begun with, those that could not be read among them."""
-    known = run.info()["data"]
-    return known["count"] + known["num_broken"]
-
-
 def other_data(run: RunDirectory, name: str) -> UserError:
     """What is said where a run is to go on with data that is not its own."""
+    known = run.info()["data"]
     return UserError(
-        f"{run.path} was trained on {run.info()['data']['name']}, and {name} is other data or has changed since; "
-        f"give another --out, and --init {run.path} to start from its weights"
+        f"{run.path} was trained on {known['name']} ({known['count']} images), and {name} is other data, has changed since, or is decoded "
+        f"otherwise by another Pillow; give the same, or "
+        f"another --out, and --init {run.path} to start from its weights"
     )
 
 

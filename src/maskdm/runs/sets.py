@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -46,8 +48,14 @@ def dataset_of(run: RunDirectory, config: Config, data: str | None, display: Dis
 
 def is_data_of(run: RunDirectory, dataset: Dataset) -> bool:
     """Whether a run was trained on these images and classes, wherever they lie now and whenever their files were written."""
-    known = run.info()["data"]
-    return dataset.content_hash == known["content_hash"] and known["classes"] in ([], list(dataset.class_names))
+    known, labels = run.info()["data"], labels_hash(dataset)
+    same_classes = known["classes"] in ([], list(dataset.class_names)) and known.get("labels_hash", labels) == labels
+    return dataset.content_hash == known["content_hash"] and same_classes
+
+
+def labels_hash(dataset: Dataset) -> str | None:
+    """SHA-256, in hex, of the images' classes, by which images are held out whether they are learned or not; None where there are none."""
+    return None if dataset.labels is None else hashlib.sha256(np.ascontiguousarray(dataset.labels, dtype=np.int64)).hexdigest()
 
 
 def sets_of(config: Config, dataset: Dataset) -> tuple[ImageSet, ImageSet | None]:

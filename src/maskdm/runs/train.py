@@ -33,7 +33,7 @@ from maskdm.runs.latents import with_latents
 from maskdm.runs.observe import Observer, Unsound, update_info
 from maskdm.runs.plan import plan_lines, stage_records
 from maskdm.runs.resolve import Resolved, TrainRequest, other_data, resolve
-from maskdm.runs.sets import is_data_of
+from maskdm.runs.sets import is_data_of, labels_hash
 from maskdm.runs.store import cache_directory, class_names, load_denoiser, load_state
 from maskdm.settings import to_yaml
 
@@ -68,7 +68,9 @@ def _of_one(request: TrainRequest, command: str, display: Display, ranks: Ranks)
     finished = began and run.info()["status"] == "finished" and not resolved.changed
     ranks.wait()  # all have seen what is there, and the first may write
     run.writes = ranks.first
-    if finished and run.info()["data"]["fingerprint"] == resolved.source.fingerprint():
+    # decided together: each machine may have a copy of its own, and files of other times
+    untouched = all(ranks.gather(began and run.info()["data"]["fingerprint"] == resolved.source.fingerprint()))
+    if finished and untouched:
         return _nothing_to_do(run)
     set_up_torch(config, resolved, ranks.beside)
     dataset = ranks.after_first(lambda: prepare_data(resolved, display), first=ranks.local == 0)
@@ -268,6 +270,7 @@ def _describe(resolved: Resolved, dataset: Dataset) -> dict[str, Any]:
         "name": resolved.config.data.source,
         "fingerprint": dataset.fingerprint,
         "content_hash": dataset.content_hash,
+        "labels_hash": labels_hash(dataset),
         "count": count,
         "train": len(training),
         "heldout": len(heldout),
