@@ -191,6 +191,7 @@ def _cell(found: Mapping[str, Any], key: str) -> str:
 
 def draw(contest: Contest, arms: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """Losses against what was spent, means over seeds with the seeds behind them; and the distances at the end."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     unit = contest.unit
@@ -223,4 +224,5 @@ def draw(contest: Contest, arms: Mapping[str, Mapping[str, Any]], file: Path) ->
     axes[2].set_ylabel(label)
     axes[2].grid(alpha=0.3, axis="y")
     axes[2].margins(x=0.3)
-    figure.savefig(file, dpi=120)
+    with rc_context({"axes.formatter.min_exponent": 3}):  # losses as 0.06, not as a product with a power of ten
+        figure.savefig(file, dpi=120)
