@@ -55,7 +55,7 @@ def is_data_of(run: RunDirectory, dataset: Dataset) -> bool:
 
 def labels_hash(dataset: Dataset) -> str | None:
     """SHA-256, in hex, of the images' classes, by which images are held out whether they are learned or not; None where there are none."""
-    return None if dataset.labels is None else hashlib.sha256(np.ascontiguousarray(dataset.labels, dtype=np.int64)).hexdigest()
+    return None if dataset.labels is None else hashlib.sha256(dataset.labels.astype(np.int64).tobytes()).hexdigest()
 
 
 def sets_of(config: Config, dataset: Dataset) -> tuple[ImageSet, ImageSet | None]:
