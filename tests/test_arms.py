@@ -63,6 +63,12 @@ def test_settings_of_a_stage_are_its_own() -> None:
     assert (second.decay, second.start_from) == ("cosine", "ema")
 
 
+def test_nothing_is_averaged_before_the_first_stage() -> None:
+    with pytest.raises(UserError, match="nothing averaged to start from"):
+        parse_arm("early=patch-75@50/start_from=ema", BASE)
+    assert parse_arm("on=whole/start_from=ema/init=runs/x", BASE).stages[0].start_from == "ema"
+
+
 def test_a_name_of_ones_own() -> None:
     arm = parse_arm("fast=patch-75@50/lr=1e-3", BASE)
     assert arm.name == "fast" and arm.stages[0].lr == 1e-3

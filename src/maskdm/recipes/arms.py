@@ -121,6 +121,11 @@ def parse_arm(text: str, base: Config) -> Arm:
         raise UserError(f"--arms '{text}': name an arm with letters, digits, - and _")
     if optimizer and not named:
         name = f"{text}/optimizer={optimizer}"
+    if not (init or base.init) and "start_from=ema" in spec.partition("+")[0].split("/"):
+        raise UserError(
+            f"--arms '{text}': before an arm's first stage there is nothing averaged to start from; say it of the next: "
+            "patch-75@25+whole/start_from=ema"
+        )
     shares: list[float] = []
     stages: list[Stage] = []
     for part in spec.split("+"):
