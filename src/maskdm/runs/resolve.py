@@ -165,8 +165,7 @@ def other_data(run: RunDirectory, name: str) -> UserError:
     known = run.info()["data"]
     return UserError(
         f"{run.path} was trained on {known['name']} ({known['count']} images), and {name} is other data, has changed since, or is decoded "
-        f"otherwise by another Pillow; give the same, or "
-        f"another --out, and --init {run.path} to start from its weights"
+        f"otherwise by another Pillow; give the same, or another --out, and --init {run.path} to start from its weights"
     )
 
 

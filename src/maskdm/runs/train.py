@@ -69,8 +69,7 @@ def _of_one(request: TrainRequest, command: str, display: Display, ranks: Ranks)
     ranks.wait()  # all have seen what is there, and the first may write
     run.writes = ranks.first
     # decided together: each machine may have a copy of its own, and files of other times
-    untouched = all(ranks.gather(began and run.info()["data"]["fingerprint"] == resolved.source.fingerprint()))
-    if finished and untouched:
+    if all(ranks.gather(finished and run.info()["data"]["fingerprint"] == resolved.source.fingerprint())):
         return _nothing_to_do(run)
     set_up_torch(config, resolved, ranks.beside)
     dataset = ranks.after_first(lambda: prepare_data(resolved, display), first=ranks.local == 0)
