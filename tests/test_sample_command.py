@@ -13,7 +13,7 @@ from maskdm.errors import UserError
 from maskdm.runs.wishes import choose_labels, parse_label
 
 TRAIN = [
-    "train", "digits", "--recipe", "digits", "--model.width", "32", "--depth", "2", "--heads", "2", "--threads", "1",
+    "train", "digits", "--recipe", "digits", "--model.width", "32", "--depth", "2", "--heads", "2", "--threads", "1", "--precision", "fp32",
     "--pretrain.budget.minutes", "none", "--finetune.budget.minutes", "none", "--pretrain.budget.steps", "20",
     "--finetune.budget.steps", "60", "--pretrain.batch", "16", "--finetune.batch", "16", "--pretrain.lr", "1e-2", "--finetune.lr", "1e-2",
     "--finetune.warmup", "5", "--sampling.steps", "2", "--sampling.num", "4", "--tracking", "none",
