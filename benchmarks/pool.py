@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ BY_FEATURES = ("frechet_distance", "kernel_distance", "precision", "recall", "co
 
 def pooled(records: list[dict[str, Any]]) -> tuple[Contest, dict[str, Any]]:
     """The contest over all their seeds, and what it was about. Raises UserError where they do not belong together."""
+    if any("first_seed" not in record for record in records):
+        raise UserError("give what `maskdm compare` wrote: comparisons once pooled are not pooled again")
     first = records[0]
     arms = [name for name in first["arms"] if all(name in record["arms"] for record in records)]
     if not arms:
@@ -36,12 +39,15 @@ def pooled(records: list[dict[str, Any]]) -> tuple[Contest, dict[str, Any]]:
     for name in arms:
         if any(record["specs"][name] != first["specs"][name] for record in records):
             raise UserError(f"arm {name} is not the same in all of them")
+        asked = [final.get("asked", {}) for record in records for final in record["finals"][name]]
+        if any((each.get("num"), each.get("reference")) != (asked[0].get("num"), asked[0].get("reference")) for each in asked):
+            raise UserError(f"arm {name} was not measured with as many samples (--num) against the same images in all of them")
     seeds = [seed for record in records for seed in range(record["first_seed"], record["first_seed"] + record["seeds"])]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"the comparisons have seeds in common ({', '.join(map(str, sorted(seeds)))}); give each once")
     alike = all(record["features"] == first["features"] for record in records)
     left_out = () if alike else BY_FEATURES
-    curves = {arm: [seed for record in records for seed in record["curves"][arm]] for arm in arms}
+    curves = {arm: [list(map(_read, seed)) for record in records for seed in record["curves"][arm]] for arm in arms}
     finals = {
         arm: [{key: each[key] for key in each if key not in left_out} for record in records for each in record["finals"][arm]]
         for arm in arms
@@ -49,6 +55,11 @@ def pooled(records: list[dict[str, Any]]) -> tuple[Contest, dict[str, Any]]:
     contest = Contest(curves, finals, first["unit"], frozenset(first["decaying"]))
     about = {key: first[key] for key in ("budget", "data", "data_hash", "config", "heldout_images", "flops", "specs", "networks")}
     return contest, about | {"seeds": len(seeds), "pooled_seeds": seeds, "environments": [record["environment"] for record in records]}
+
+
+def _read(point: dict[str, Any]) -> dict[str, Any]:
+    """A loss that is not a number is null in JSON."""
+    return point | {"loss": math.nan if point["loss"] is None else point["loss"]}
 
 
 def main() -> None:

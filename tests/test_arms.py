@@ -81,6 +81,9 @@ def test_the_newer_families_bring_the_layers_they_need() -> None:
     assert decode.stages[0].mask == DecodeMask(0.5, 2) and decode.model.mask_token and not decode.model.fuse
     assert parse_arm("route-50", BASE).model == BASE.model
     assert parse_arm("sprint-40", BASE).stages[0].mask == RouteMask(0.4, 2)
+    for text in ("sprint/batch=64", "sprint/lr=1e-3+whole", "sprint@20/batch=64", "sprint-75/warmup=3"):
+        assert parse_arm(text, BASE).model.fuse == 2
+    assert parse_arm("decode/batch=64", BASE).model.mask_token
     config = sprint.config(BASE, 0, lambda stage, share: Budget(images=10))
     assert config.model.fuse == 2 and config.init is None
 

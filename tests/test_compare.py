@@ -161,6 +161,44 @@ def test_intervals_of_shares_stay_within_what_shares_can_be(tmp_path: Path) -> N
     assert arm["distance_interval"][1] == pytest.approx(1.5 + 0.5 * 12.706, abs=1e-3)  # a distance has no upper end
 
 
+def contest(steps: int, ends: list[float], decaying: frozenset[str] = frozenset()) -> Contest:
+    """`other` falls to `ends`, a value a seed; `whole` to 0.1. Both on 50 samples, of which none is precise."""
+
+    def records(end: float) -> list[dict[str, Any]]:
+        points = ((1.0, 0.3), (2.0, (0.3 + end) / 2), (3.0, end))
+        return [{"seconds": s, "flops": s, "images": s, "steps": steps, "loss": loss, "pieces": 1} for s, loss in points]
+
+    final = {"precision": 0.0, "precision_interval": [0.0, 0.07], "denoising": {"heldout": 0.1}}
+    finals = {"whole": [final] * len(ends), "other": [final | {"denoising": {"heldout": end}} for end in ends]}
+    return Contest({"whole": [records(0.1)] * len(ends), "other": list(map(records, ends))}, finals, "seconds", decaying)
+
+
+def test_what_is_no_verdict_has_no_figure(tmp_path: Path) -> None:
+    """A falling rate, or hardly a step: the speed-up would be read by whoever reads compare.json alone."""
+    falling, one = (contest(50, ends, frozenset({"other"})) for ends in ([0.08, 0.081], [0.08]))
+    texts = (
+        (falling, "other and whole: a learning rate falls, so only the ends compare; at the end its loss better by 0.0195 ("),
+        (one, "other and whole: a learning rate falls, so only the ends compare; of one seed they show nothing; repeat"),
+        (contest(9, [0.08, 0.081]), "no verdict on other and whole: 9 steps are too few"),
+    )
+    for each, text in texts:
+        summarize(each, {}, tmp_path)
+        verdict = json.loads((tmp_path / "compare.json").read_text())["verdicts"][0]
+        assert verdict["text"].startswith(text) and (verdict["speedup"], verdict["low"], verdict["high"]) == (None, None, None)
+    summarize(contest(50, [0.08, 0.081]), {}, tmp_path)
+    assert json.loads((tmp_path / "compare.json").read_text())["verdicts"][0]["speedup"] > 1
+
+
+def test_seeds_that_agree_are_not_certain_of_a_share(tmp_path: Path) -> None:
+    summarize(contest(50, [0.08, 0.081]), {}, tmp_path)
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["arms"]["whole"]["precision_interval"] == [0.0, pytest.approx(0.07 / 2**0.5)]
+    verdict = found["verdicts"][0]
+    assert verdict["precision_difference_interval"] == pytest.approx([-0.07 / 2**0.5, 0.07 / 2**0.5])
+    summarize(contest(50, [0.08]), {}, tmp_path)
+    assert json.loads((tmp_path / "compare.json").read_text())["verdicts"][0]["precision_difference_interval"] == [None, None]
+
+
 def test_another_comparison_in_the_same_place_is_refused(done: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = done
     assert run_command(command(out, "--arms", "whole,again=patch-50")) == 2
@@ -253,6 +291,7 @@ def test_an_arm_that_diverged_is_said_so_and_costs_no_more(tmp_path: Path, monke
         (["--budget", "1s", "--heldout", "0"], "held-out images are too few"),
         (["--budget", "1s", "--init", "run"], "name the arm that starts from a run"),
         (["--budget", "1s", "--init", "elsewhere"], "elsewhere is not there"),
+        (["--budget", "9h", "--features", "foo"], "no feature network is called 'foo'"),  # before nine hours of training
     ],
 )
 def test_bad_arguments_are_one_line(

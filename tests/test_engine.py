@@ -234,6 +234,8 @@ def test_learning_rate_warms_up_and_decays() -> None:
     stage = Stage("s", Budget(steps=100), lr=2.0, warmup=4, decay="constant")
     assert [learning_rate(stage, i, i / 100) for i in (0, 1, 3, 50)] == [0.5, 1.0, 2.0, 2.0]
     assert learning_rate(replace(stage, decay="linear"), 50, 0.5) == 1.0
+    long = replace(stage, warmup=1000)  # a tenth of the budget at most
+    assert [learning_rate(long, i, i / 100) for i in (1, 5, 10, 60)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
     assert learning_rate(replace(stage, decay="cosine", warmup=0), 25, 0.25) == pytest.approx(1 + math.cos(math.pi / 4))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -74,3 +75,20 @@ def test_a_seed_counts_once() -> None:
     without["arms"] = {"other": {}}
     with pytest.raises(UserError, match="no arm in common"):
         pooled([record(0, 1.5), without])
+    with pytest.raises(UserError, match="pooled are not pooled again"):
+        pooled([record(0, 1.5), {key: value for key, value in record(1, 1.5).items() if key != "first_seed"}])
+
+
+def test_as_many_samples_are_measured_in_all() -> None:
+    few, many = record(0, 1.5), record(1, 1.5)
+    for each, num in ((few, 20), (many, 1000)):
+        each["finals"]["whole"] = [each["finals"]["whole"][0] | {"asked": {"num": num, "features": f"onnx:{num}"}}]
+    with pytest.raises(UserError, match="arm whole was not measured with as many samples"):
+        pooled([few, many])
+
+
+def test_a_seed_that_diverged_stays_so() -> None:
+    diverged = record(1, 1.5)
+    diverged["curves"]["masked"][0][5]["loss"] = None  # as JSON has it
+    contest, about = pooled([record(0, 1.5), diverged])
+    assert math.isnan(contest.curves("masked")[1].losses[5]) and about["seeds"] == 2

@@ -87,10 +87,13 @@ def test_the_one_that_ends_better_is_never_called_the_slower_one() -> None:
         assert early.best == 0.06 > falling.best
         assert speed_up(falling, early) == speed_up(early, falling) == 1
         found = compare_curves("maskdm", [falling] * 3, "whole", [early] * 3)
-        assert found.text.startswith("neither is faster in 3 of 3 seeds") and (found.speedup, found.low) == (1, None)
-        assert compare_curves("whole", [early], "maskdm", [falling]).text.startswith("neither is faster: of whole and maskdm")
+        assert found.text == (
+            "neither of maskdm and whole is faster: the one that is sooner at first does not get as low as the other in 3 of 3 seeds"
+        )
+        assert (found.speedup, found.low) == (1, None)
+        assert compare_curves("whole", [early], "maskdm", [falling]).text.startswith("neither of whole and maskdm is faster: the one")
     some = compare_curves("maskdm", [falling, curve(1.5)], "whole", [up, curve()])
-    assert "does not get as low in 1 of 2 seeds" in some.text and some.low is not None and some.speedup == pytest.approx(1.5**0.5, rel=0.02)
+    assert "does not get as low as the other in 1 of 2 seeds, which counts as no" in some.text and some.low is not None and some.speedup == pytest.approx(1.5**0.5, rel=0.02)
 
 
 def test_bounds_that_disagree_show_no_difference() -> None:
@@ -98,6 +101,25 @@ def test_bounds_that_disagree_show_no_difference() -> None:
     found = compare_curves("maskdm", [bad, fast, fast], "whole", [curve()] * 3)
     assert found.text.startswith("no difference shown: the speed-ups of the seeds are 0.05, ") and found.bound and found.low is None
     assert " in 1 of 2 seeds: a bound" in compare_curves("maskdm", [fast, fast], "whole", [bad, curve()]).text
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_two_that_are_best_when_first_measured_are_not_told_apart(seeds: int) -> None:
+    """Fine-tuning that only gets worse: the costs of the first measurements, of unequal steps, say nothing of which was there sooner."""
+    rising, later = (Curve(tuple(cost + first for cost in COSTS), tuple(0.05 + 0.001 * cost for cost in COSTS)) for first in (0.0, 0.4))
+    for arm, against in ((rising, later), (later, rising)):
+        assert speed_up(arm, against) == 1
+        found = compare_curves("maskdm", [arm] * seeds, "whole", [against] * seeds)
+        assert found.text.startswith("neither of maskdm and whole is faster: both were there before") and not found.bound
+
+
+def test_a_bound_claims_no_more_than_its_side_and_not_of_one_seed() -> None:
+    level = Curve(COSTS, tuple(0.1 - 1e-5 * cost for cost in COSTS))
+    first, soon = (Curve((cost, 20.0), (level.best, 0.09)) for cost in (19.5, 1.0))
+    one, three = (compare_curves("maskdm", [soon] * seeds, "whole", [level] * seeds) for seeds in (1, 3))
+    assert one.text.startswith(words := "maskdm reaches whole's best held-out loss at least 20x sooner") and "(one seed" in one.text
+    assert three.text.startswith(words) and "one seed" not in three.text
+    assert compare_curves("maskdm", [first] * 3, "whole", [level] * 3).text.startswith("no difference shown")  # 1.03: within what counts
 
 
 def test_an_interval_is_told_in_the_direction_of_its_words() -> None:

@@ -15,12 +15,14 @@ from maskdm.arithmetic import flops
 from maskdm.cli import run_command
 from maskdm.config import Budget, Config, Data, DiTConfig, Ema, NoMask, Optimizer, PatchMask, Stage
 from maskdm.data import Dataset, Loader
-from maskdm.engine import Switch, Trainer
+from maskdm.engine import Machine, Switch, Trainer
 from maskdm.engine.switch import KEPT, LENGTH, MARKS, best_end
 from maskdm.errors import UserError
 from maskdm.models import build
 from maskdm.recipes import recipe
 from maskdm.recipes.arms import parse_arm
+from maskdm.runs import Display
+from maskdm.runs.contestant import Contestant, Field
 
 
 def config(auto: bool = True, masked: int = 400, whole: int = 80) -> Config:
@@ -181,6 +183,22 @@ def test_an_arm_may_end_by_evidence() -> None:
     made = arm.config(recipe("cifar10", "photos"), 0, lambda stage, share: Budget(images=round(1000 * share)))
     assert [(stage.budget.images, stage.budget.auto) for stage in made.stages] == [(800, True), (200, False)]
     assert arm.describe().startswith("patch-75 for at most 80%")
+
+
+@pytest.mark.usefixtures("short")
+def test_an_arm_pays_for_its_probes_and_their_measurements(tmp_path: Path) -> None:
+    settings = config()
+    run = trainer(settings)
+    probes = len(train(run, GOES_ON.copy()))
+    machine = Machine(torch.device("cpu"), "a core", 1, "fp32", 1e9)
+    arm = parse_arm("patch-50@auto", settings)
+    dataset = Dataset(np.zeros((12, 8, 8, 1), np.uint8), None, (), "", "", (), (), Path("made up"))
+    found = Contestant(arm, settings, tmp_path, Field(dataset, np.arange(12), machine, Display(quiet=True))).spent(run)
+    masked, whole = run.progress.stages
+    trained = masked.images + whole.images + 4 * masked.probed("taken")
+    assert probes == 3 and found["images"] == trained and found["steps"] == masked.steps + whole.steps
+    work = flops(settings, PatchMask(0.5), 1) * masked.images + flops(settings, NoMask(), 1) * (trained - masked.images)
+    assert found["flops"] == pytest.approx(work + flops(settings, NoMask(), 1) * 2 * probes * 32 * 8 / 3)  # no backward pass: a third
 
 
 @pytest.mark.usefixtures("short")

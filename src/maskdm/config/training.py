@@ -47,7 +47,7 @@ class Stage:
     batch: Annotated[int, "images per optimizer step"] = 128
     accumulate: Annotated[int, "pieces a batch is computed in, to save memory; must divide the batch"] = 1
     lr: Annotated[float, "learning rate after warm-up"] = 2e-4
-    warmup: Annotated[int, "steps over which the learning rate rises from 0"] = 0
+    warmup: Annotated[int, "steps over which the learning rate rises from 0; a tenth of the budget at most"] = 0
     decay: Annotated[Literal["constant", "cosine", "linear"], "course of the learning rate over the stage's budget"] = "constant"
     start_from: Annotated[Literal["raw", "ema"], "weights taken over from the stage (or run) before: as trained, or averaged"] = "raw"
 

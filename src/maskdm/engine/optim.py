@@ -90,9 +90,13 @@ def part(model: Denoiser, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name not in still}
 
 
+LONGEST_WARMUP = 0.1
+"""Share of a stage's budget over which its learning rate rises, at most: else a short stage would be nothing else."""
+
+
 def learning_rate(stage: Stage, step: int, progress: float) -> float:
     """The rate of a stage's step (from 0), `progress` (0..1) of the way through its budget."""
-    warm = min(1.0, (step + 1) / stage.warmup) if stage.warmup else 1.0
+    warm = min(1.0, max((step + 1) / stage.warmup, progress / LONGEST_WARMUP)) if stage.warmup else 1.0
     match stage.decay:
         case "constant":
             course = 1.0

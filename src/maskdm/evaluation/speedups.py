@@ -6,6 +6,7 @@ A curve is the held-out loss of whole images against what was spent (seconds, FL
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -50,12 +51,12 @@ def speed_up(arm: Curve, against: Curve) -> float:
     """What `against` spent on its best loss over what `arm` spent on the same; above 1: `arm` is faster.
 
     Where the arm never gets there it is the other way round: over the arm's best loss, below 1. On curves that still fall it changes
-    without a leap; where they have levelled out the costs of nearly equal losses are far apart, and the ratio says little. 1 where the one
-    that is there sooner is the one that never gets as low as the other (`_crossed`). NaN where a loss of either is not finite.
+    without a leap; where they have levelled out the costs of nearly equal losses are far apart, and the ratio says little. 1 where neither
+    can be called faster (`EVEN`). NaN where a loss of either is not finite.
     """
     if not all(map(math.isfinite, (*arm.losses, *against.losses))):
         return math.nan
-    return 1.0 if _crossed(arm, against) else _ratio(arm, against)
+    return 1.0 if _kind(arm, against) in EVEN else _ratio(arm, against)
 
 
 def _ratio(arm: Curve, against: Curve) -> float:
@@ -77,10 +78,23 @@ def _level(arm: Curve, against: Curve) -> float:
     return max(arm.best, against.best)
 
 
-def _bound(arm: Curve, against: Curve) -> bool:
-    """Whether one has reached the level before it was first measured: the ratio is then only the least that it can be."""
-    level = _level(arm, against)
-    return arm.losses[0] <= level or against.losses[0] <= level
+Kind = Literal["told", "ours", "theirs", "both", "crossed"]
+
+EVEN: dict[Kind, str] = {
+    "both": "both were there before they were first measured",
+    "crossed": "the one that is sooner at first does not get as low as the other",
+}
+"""Pairs of which neither can be called faster."""
+
+
+def _kind(arm: Curve, against: Curve) -> Kind:
+    """What the ratio of a pair is worth: `ours`, `theirs`: that one was there before it was first measured, so it is a bound."""
+    ours, theirs = (curve.losses[0] <= _level(arm, against) for curve in (arm, against))
+    if ours and theirs:
+        return "both"
+    if _crossed(arm, against):
+        return "crossed"
+    return "ours" if ours else "theirs" if theirs else "told"
 
 
 @dataclass(frozen=True)
@@ -116,25 +130,22 @@ def compare_curves(arm: str, curves: Sequence[Curve], against: str, others: Sequ
         text = f"no verdict on {arm} and {against}: a loss of {' and of '.join(lost)} is not a number; it diverged"
         return Verdict(arm, against, math.nan, None, None, len(ratios), text)
     mean, low, high = (math.exp(value) for value in over_seeds([math.log(ratio) for ratio in ratios]))
-    pairs, count = list(zip(curves, others, strict=True)), len(ratios)
-    crossed = sum(_crossed(*pair) for pair in pairs)
-    bounds = sum(_bound(*pair) and not _crossed(*pair) for pair in pairs)
-    if crossed == count:
-        who = f"of {arm} and {against} the one that is sooner at first does not get as low as the other"
-        text = f"neither is faster{_of(crossed, count)}: {who}"
-        return Verdict(arm, against, 1.0, None, None, count, text)
-    more = f"; the one that is sooner at first does not get as low{_of(crossed, count)}, which counts as no speed-up" if crossed else ""
-    if bounds:
+    count, kinds = len(ratios), Counter(_kind(*pair) for pair in zip(curves, others, strict=True))
+    even = [f"{words}{_of(kinds[kind], count)}" for kind, words in EVEN.items() if kinds[kind]]
+    if kinds["both"] + kinds["crossed"] == count:
+        return Verdict(arm, against, 1.0, None, None, count, f"neither of {arm} and {against} is faster: {'; '.join(even)}")
+    more = "".join(f"; {words}, which counts as no speed-up" for words in even)
+    hint = " (one seed, so no interval: take it for no more than a hint, and repeat with --seeds 3)" if count < 2 else ""
+    if bounds := kinds["ours"] + kinds["theirs"]:
         each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         text = f"no difference shown: the speed-ups of the seeds are {each}, some of them bounds"
-        if min(ratios) > 1 or max(ratios) < 1:
+        if (min(ratios) >= MARGIN and not kinds["theirs"]) or (max(ratios) <= 1 / MARGIN and not kinds["ours"]):
             words = _reaches(arm, against, mean, "at least ", SOONER[unit])
             text = f"{words}, for it was there before it was first measured{_of(bounds, count)}: a bound, without an interval"
-        return Verdict(arm, against, mean, None, None, count, text + more, bound=True)
+        return Verdict(arm, against, mean, None, None, count, text + hint + more, bound=True)
     words = _reaches(arm, against, mean, "", SOONER[unit])
     if count < 2:
-        text = f"{words} (one seed, so no interval: take it for no more than a hint, and repeat with --seeds 3)"
-        return Verdict(arm, against, mean, None, None, 1, text)
+        return Verdict(arm, against, mean, None, None, 1, words + hint)
     forth, back = (f"95 % interval {a:.2f} to {b:.2f}, {count} seeds" for a, b in ((low, high), (1 / high, 1 / low)))
     if low > 1 and mean >= MARGIN:
         text = f"{arm}: reaches {against}'s best held-out loss {mean:.2f}x {SOONER[unit]} ({forth})"

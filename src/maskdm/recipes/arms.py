@@ -145,7 +145,7 @@ def parse_arm(text: str, base: Config) -> Arm:
         name,
         tuple(shares),
         tuple(stages),
-        _model(base, [part.partition("-")[0] for part in spec.split("+")]),
+        _model(base, [_family(part) for part in spec.split("+")]),
         init or None,
         optimizer or None,
     )
@@ -170,12 +170,17 @@ def _edge(base: Config) -> int:
     return max(1, min(2, (base.blocks - 1) // 2))
 
 
+def _family(part: str) -> str:
+    """The way to mask that a stage names, without its rate, share and settings."""
+    return part.split("/")[0].partition("@")[0].partition("-")[0]
+
+
 def _model(base: Config, families: list[str]) -> Model:
     """The base's network, with the layers that some families need."""
     model = base.model
-    if any(family.partition("@")[0] == "sprint" for family in families):
+    if "sprint" in families:
         model = replace(model, fuse=model.fuse or _edge(base))
-    if any(family.partition("@")[0] == "decode" for family in families):
+    if "decode" in families:
         model = replace(model, mask_token=True)
     return model
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from maskdm.evaluation import (
     denoising_loss,
     digest,
     evaluate_samples,
+    is_self,
     overfitting,
 )
 from maskdm.evaluation.denoising import LEVELS
@@ -34,7 +36,7 @@ from maskdm.evaluation.speedups import Unit
 from maskdm.pictures import grid
 from maskdm.recipes.arms import Arm, parse_arms, rates_of
 from maskdm.runs.compare_results import Contest, Record, summarize
-from maskdm.runs.contestant import Contestant, Field, all_work_of
+from maskdm.runs.contestant import PROBED, Contestant, Field, all_work_of
 from maskdm.runs.directory import held, write_text
 from maskdm.runs.display import Display
 from maskdm.runs.judge import choose_network
@@ -49,7 +51,7 @@ from maskdm.settings import differences, find, from_plain, to_plain
 SLICES = 20
 """Turns that a budget is cut into; the loss is measured after each."""
 
-MEASURED, LEAST_MEASURED = 256, 32
+MEASURED, LEAST_MEASURED = 256, PROBED
 """Held-out images of a measurement at most, or all where there are fewer; and how few are too few."""
 
 MEASURING = 0.2
@@ -160,9 +162,12 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
         for arm in arms
     ]
     ruler = _Ruler(base, dataset, heldout, resolved.machine, measured)
+    judge = _Judge(request, resolved, base, dataset, FINALLY * measured, display)
+    if not is_self(request.features) and any(map(judge.due, contestants)):
+        assert judge.network  # one that is not there is said now, not after hours of training
     with held(out), stop_requests() as stop:
         _train(contestants, cost, ruler, stop, display)
-        _conclude(contestants, _Judge(request, resolved, base, dataset, FINALLY * measured, display), stop, display)
+        _conclude(contestants, judge, stop, display)
     contest = Contest(
         {arm.name: [each.records for each in contestants if each.arm is arm] for arm in arms},
         {arm.name: [each.final or {} for each in contestants if each.arm is arm] for arm in arms},
@@ -264,7 +269,7 @@ def _train(contestants: list[Contestant], cost: Cost, ruler: _Ruler, stop: list[
 def _conclude(contestants: list[Contestant], judge: _Judge, stop: list[str], display: Display) -> None:
     """Measure those that have not been, or not in this way."""
     for each in contestants:
-        if each.final is None or each.final["asked"] != judge.asked:
+        if judge.due(each):
             display.note(f"measuring {each.arm.name}, seed {each.config.seed}")
             with each.training(rehearse=False) as trainer:
                 each.conclude(trainer, {} if each.diverged else judge.measure(each, trainer), judge.asked)
@@ -282,7 +287,7 @@ class _Ruler:
 
     def loss(self, trainer: Trainer) -> float:
         """The loss of the averaged weights on few images: an arm that asks for it pays for it."""
-        return self._measure(trainer, LEAST_MEASURED).loss
+        return self._measure(trainer, PROBED).loss
 
     def measure(self, trainer: Trainer) -> Record:
         """The loss of the averaged weights, and by noise level."""
@@ -307,12 +312,18 @@ class _Judge:
         self.asked: dict[str, Any] = {"features": request.features, "num": request.num}
         if self.reference is not None:
             self.asked["reference"] = "images that data.limit leaves out"
-        self._network: FeatureNetwork | None = None
+
+    def due(self, each: Contestant) -> bool:
+        """Whether it has not been measured, or not in this way."""
+        return each.final is None or each.final["asked"] != self.asked
+
+    @cached_property
+    def network(self) -> FeatureNetwork:
+        """What the features are of. Raises UserError."""
+        return choose_network(self.features, self.training, self.heldout, 0, self.machine.device, Ranks(), self.display)
 
     def measure(self, each: Contestant, trainer: Trainer) -> dict[str, Any]:
         """The keys are those of `maskdm evaluate` (docs/evaluation.md)."""
-        if self._network is None:
-            self._network = choose_network(self.features, self.training, self.heldout, 0, self.machine.device, Ranks(), self.display)
         model, names = trainer.average.model, list(self.dataset.class_names) if self.base.data.conditional else []
         labels = natural_labels(self.base, self.dataset, self.training.rows, self.num)
         pipeline = make_pipeline(model, self.base, names)
@@ -327,7 +338,7 @@ class _Judge:
             shown, classes = images_and_labels(self.base, self.dataset, rows, self.machine.device)
             with autocast(self.machine.device, self.machine.precision):
                 losses.append(denoising_loss(model, self.base.diffusion, shown, classes))
-        extractor = Extractor(self._network, cache_directory() / "features", Ranks())
+        extractor = Extractor(self.network, cache_directory() / "features", Ranks())
         subject = Subject(samples, self.training, self.heldout, names, reference=self.reference)
         about = {"sampling": to_plain(self.base)["sampling"], "seed": each.config.seed, "classes": None if labels is None else CLASSES}
         found = evaluate_samples(extractor, subject, about, MAX_REFERENCE, overfitting(*losses))

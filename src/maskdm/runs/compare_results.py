@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from maskdm.evaluation.intervals import Estimate
+from maskdm.evaluation.intervals import Estimate, difference_of_shares
 from maskdm.evaluation.speedups import Curve, Unit, Verdict, compare_curves, over_seeds
 from maskdm.runs.directory import write_text
 
@@ -75,12 +75,8 @@ def _figures(contest: Contest, arm: str) -> dict[str, Any]:
     for key, name in (("seconds", "time"), ("flops", "flops"), ("images", "images"), ("steps", "steps")):
         found |= _put(name, over_seeds([float(record[key]) for record in last]))
     for name, path in FIGURES.items():
-        values = [_at(final, path) for final in contest.finals[arm]]
-        if any(value is None for value in values):
-            continue
-        estimate = _held(name, over_seeds([float(value) for value in values]), 0.0)
-        own = _at(contest.finals[arm][0], (*path[:-1], f"{path[-1]}_interval"))
-        found |= _put(name, Estimate(estimate.value, *own) if len(values) == 1 and own is not None else estimate)
+        if (each := _estimates(contest.finals[arm], path)) is not None:
+            found |= _put(name, each[0] if len(each) == 1 else _over_seeds(name, each, 0.0))
     found["stages"] = [_speed(contest, arm, number) for number in range(len(contest.finals[arm][0].get("stages", ())))]
     return found
 
@@ -106,9 +102,24 @@ def _at(record: Any, path: Sequence[str]) -> Any:
     return record
 
 
-def _held(name: str, estimate: Estimate, least: float) -> Estimate:
-    """Student's interval knows nothing of what a share can be: it ends at `least` and 1."""
-    return Estimate(estimate.value, *np.clip(estimate[1:], least, 1.0).tolist()) if name in SHARES else estimate
+def _estimates(finals: Sequence[Mapping[str, Any]], path: Sequence[str]) -> list[Estimate] | None:
+    """A figure of each seed with the evaluation's own interval, NaN where it has none; None where a seed has no such figure."""
+    values = [_at(final, path) for final in finals]
+    own = [_at(final, (*path[:-1], f"{path[-1]}_interval")) or (math.nan, math.nan) for final in finals]
+    return None if any(value is None for value in values) else [Estimate(float(v), *ends) for v, ends in zip(values, own, strict=True)]
+
+
+def _over_seeds(name: str, each: Sequence[Estimate], least: float) -> Estimate:
+    """Student's interval, which knows nothing of what a share can be: that of a share ends at `least` and 1.
+
+    Nor is a share certain on which all seeds agree, such as no copy among few samples: it is as wide as samples alone make it, at least.
+    """
+    found = over_seeds([estimate.value for estimate in each])
+    if name not in SHARES or len(each) < 2:
+        return found
+    down, up = (sum(halves) / len(each) ** 1.5 for halves in ([e.value - e.low for e in each], [e.high - e.value for e in each]))
+    low, high = np.fmin(found.low, found.value - down), np.fmax(found.high, found.value + up)  # of a NaN and a number the number
+    return Estimate(found.value, *np.clip([low, high], least, 1.0).tolist())
 
 
 def _put(name: str, estimate: Estimate) -> dict[str, Any]:
@@ -120,13 +131,21 @@ def _verdict(contest: Contest, arm: str, against: str) -> dict[str, Any]:
     verdict: Verdict = compare_curves(arm, contest.curves(arm), against, contest.curves(against), contest.unit)
     found = asdict(verdict)
     for name, path in FIGURES.items():
-        pairs = [(_at(a, path), _at(b, path)) for a, b in zip(contest.finals[arm], contest.finals[against], strict=True)]
-        if all(a is not None and b is not None for a, b in pairs):
-            found |= _put(f"{name}_difference", _held(name, over_seeds([a - b for a, b in pairs]), -1.0))
+        ours, theirs = (_estimates(contest.finals[each], path) for each in (arm, against))
+        if ours is not None and theirs is not None:
+            found |= _put(f"{name}_difference", _over_seeds(name, list(map(difference_of_shares, ours, theirs)), -1.0))
+    if not math.isfinite(verdict.speedup):
+        return found
     fewest = min(int(seed[-1]["steps"]) for name in (arm, against) for seed in contest.records[name])
-    if fewest < LEAST_STEPS and math.isfinite(verdict.speedup):
-        return found | {"text": f"no verdict on {arm} and {against}: {fewest} steps are too few; give a longer budget"}
-    return found | {"text": "; ".join([found["text"], *_ends(found), *_caveats(contest, arm, against)])}
+    none = {"speedup": None, "low": None, "high": None, "bound": False}
+    if fewest < LEAST_STEPS:
+        return found | none | {"text": f"no verdict on {arm} and {against}: {fewest} steps are too few; give a longer budget"}
+    ends = _ends(found)
+    if contest.decaying & {arm, against}:
+        nothing = "no difference shown there" if verdict.seeds > 1 else "of one seed they show nothing; repeat with --seeds 3"
+        found |= none | {"text": f"{arm} and {against}: a learning rate falls, so only the ends compare"}
+        ends = ends or [nothing]
+    return found | {"text": "; ".join([found["text"], *ends, *_caveats(contest, arm, against)])}
 
 
 def _ends(found: Mapping[str, Any]) -> list[str]:
@@ -142,12 +161,8 @@ def _ends(found: Mapping[str, Any]) -> list[str]:
 
 
 def _caveats(contest: Contest, arm: str, against: str) -> list[str]:
-    found: list[str] = []
-    if contest.decaying & {arm, against}:
-        found.append("a learning rate falls, so only the ends compare")
-    if len({int(r["pieces"]) for name in (arm, against) for seed in contest.records[name] for r in seed}) > 1:
-        found.append("memory ran out and some batches were computed in more pieces than others")
-    return found
+    pieces = {int(r["pieces"]) for name in (arm, against) for seed in contest.records[name] for r in seed}
+    return ["memory ran out and some batches were computed in more pieces than others"] if len(pieces) > 1 else []
 
 
 def _plain(value: Any) -> Any:

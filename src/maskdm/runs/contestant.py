@@ -21,6 +21,7 @@ from maskdm.data import Dataset, make_loader
 from maskdm.draws import derive
 from maskdm.engine import Machine, Switch, Trainer, checkpoint, make_optimizer
 from maskdm.errors import UserError
+from maskdm.evaluation.denoising import LEVELS
 from maskdm.models import build
 from maskdm.recipes.arms import Arm
 from maskdm.runs.compare_results import Record
@@ -28,6 +29,13 @@ from maskdm.runs.directory import write_text
 from maskdm.runs.display import Display
 from maskdm.runs.plan import stage_records
 from maskdm.runs.train import initialize
+
+
+PROBED = 32
+"""Held-out images of a probe's measurement."""
+
+MEASUREMENT = PROBED * LEVELS / 3
+"""Images whose training takes the arithmetic of such a measurement, which has no backward pass; a probe has two."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +112,14 @@ class Contestant:
         yield trainer
 
     def spent(self, trainer: Trainer) -> Record:
-        """Seconds, steps, images and FLOPs so far, Muon's among them, and the pieces that batches are computed in."""
+        """Seconds, steps, images and FLOPs so far, Muon's and those of a probe's measurements among them, and the pieces of a batch."""
         progress, stages = trainer.progress, self.config.stages
         images = [float(done.images) for done in progress.stages]
         for place, after in enumerate(stages[1:], 1):  # probes are steps of the stage after
             images[place] += progress.stages[place - 1].probed("taken") * after.batch
         work = sum(self._work(stage.mask) * number for stage, number in zip(stages, images, strict=True))
         work += trainer.optimizer.flops * sum(done.steps + done.probed("taken") for done in progress.stages)
+        work += MEASUREMENT * self._work(NoMask()) * 2 * sum(len(done.probes) for done in progress.stages)
         pieces = max(done.pieces for done in progress.stages)
         return {"seconds": progress.seconds, "steps": progress.step, "images": sum(images), "flops": work, "pieces": pieces}
 
