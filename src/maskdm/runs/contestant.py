@@ -30,7 +30,6 @@ from maskdm.runs.display import Display
 from maskdm.runs.plan import stage_records
 from maskdm.runs.train import initialize
 
-
 PROBED = 32
 """Held-out images of a probe's measurement."""
 
