@@ -1,4 +1,4 @@
-"""One comparison out of several: `python -m benchmarks.pool CMP [CMP ...] --out DIR`.
+"""One comparison out of several: `python -m benchmarks.pool CMP [CMP ...] --out DIR [--against ARM]`.
 
 CMP: directories of `maskdm compare`, or their compare.json files, of the same arms, data, budget and settings but of other seeds
 (`--first-seed`): run on several machines, or on one whenever it has time. Writes DIR/compare.json and compare.png as the command does, and
@@ -24,14 +24,20 @@ BY_FEATURES = ("frechet_distance", "kernel_distance", "precision", "recall", "co
 """Figures that other features give other values: left out unless the network is one and the same."""
 
 
-def pooled(records: list[dict[str, Any]]) -> tuple[Contest, dict[str, Any]]:
-    """The contest over all their seeds, and what it was about. Raises UserError where they do not belong together."""
+def pooled(records: list[dict[str, Any]], against: str | None = None) -> tuple[Contest, dict[str, Any]]:
+    """The contest over all their seeds, the others `against` one arm (None: the first), and what it was about.
+
+    Raises UserError where they do not belong together.
+    """
     if any("first_seed" not in record for record in records):
         raise UserError("give what `maskdm compare` wrote: comparisons once pooled are not pooled again")
     first = records[0]
     arms = [name for name in first["arms"] if all(name in record["arms"] for record in records)]
     if not arms:
         raise UserError("the comparisons have no arm in common")
+    if against is not None and against not in arms:
+        raise UserError(f"--against {against} is no arm of all of them; there are {', '.join(arms)}")
+    arms.sort(key=lambda name: name != against)
     for record in records:
         for key in SAME:
             if key not in record or record[key] != first.get(key):
@@ -67,10 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparisons", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--against", help="the arm that the others are compared with, in place of the first")
     given = parser.parse_args()
     files = [path / "compare.json" if path.is_dir() else path for path in given.comparisons]
     try:
-        contest, about = pooled([json.loads(file.read_text()) for file in files])
+        contest, about = pooled([json.loads(file.read_text()) for file in files], given.against)
     except (OSError, UserError) as error:
         raise SystemExit(f"error: {error}") from None
     given.out.mkdir(parents=True, exist_ok=True)

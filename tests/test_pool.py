@@ -50,6 +50,13 @@ def test_seeds_run_apart_are_one_comparison() -> None:
     assert [final["frechet_distance"] for final in contest.finals["whole"]] == [1.0, 3.0, 2.0]
 
 
+def test_another_arm_than_the_first_may_be_what_others_are_compared_with() -> None:
+    contest, _ = pooled([record(0, 1.5), record(1, 1.4)], "masked")
+    assert list(contest.records) == list(contest.finals) == ["masked", "whole"]
+    with pytest.raises(UserError, match="--against other is no arm of all of them; there are whole, masked"):
+        pooled([record(0, 1.5), record(1, 1.4)], "other")
+
+
 def test_distances_in_other_features_are_left_out() -> None:
     other = record(1, 1.4) | {"features": {"name": "self"}}
     contest, _ = pooled([record(0, 1.5), other])
