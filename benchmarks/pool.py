@@ -46,7 +46,7 @@ def pooled(records: list[dict[str, Any]], against: str | None = None) -> tuple[C
         if any(record["specs"][name] != first["specs"][name] for record in records):
             raise UserError(f"arm {name} is not the same in all of them")
         asked = [final.get("asked", {}) for record in records for final in record["finals"][name]]
-        if any((each.get("num"), each.get("reference")) != (asked[0].get("num"), asked[0].get("reference")) for each in asked):
+        if len({(each.get("num"), each.get("reference")) for each in asked}) > 1:
             raise UserError(f"arm {name} was not measured with as many samples (--num) against the same images in all of them")
     seeds = [seed for record in records for seed in range(record["first_seed"], record["first_seed"] + record["seeds"])]
     if len(set(seeds)) < len(seeds):

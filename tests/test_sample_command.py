@@ -13,7 +13,7 @@ from maskdm.errors import UserError
 from maskdm.runs.wishes import choose_labels, parse_label
 
 TRAIN = [
-    "train", "digits", "--recipe", "digits", "--model.width", "32", "--depth", "2", "--heads", "2", "--threads", "1", "--precision", "fp32",
+    "train", "digits", "--recipe", "digits", "--model.width", "32", "--depth", "2", "--heads", "2", "--threads", "1",
     "--pretrain.budget.minutes", "none", "--finetune.budget.minutes", "none", "--pretrain.budget.steps", "20",
     "--finetune.budget.steps", "60", "--pretrain.batch", "16", "--finetune.batch", "16", "--pretrain.lr", "1e-2", "--finetune.lr", "1e-2",
     "--finetune.warmup", "5", "--sampling.steps", "2", "--sampling.num", "4", "--tracking", "none",
@@ -43,10 +43,11 @@ def frames(path: Path) -> int:
 
 
 def test_a_way_between_two_images_begins_and_ends_with_them(run: Path, tmp_path: Path) -> None:
-    plain = draw(run, tmp_path / "plain", "--labels", "3", num=6)
-    way = draw(run, tmp_path / "way", "--labels", "3", "--between", "1,5", num=4)
-    assert np.abs(way[0] - plain[1]).max() <= 4 and np.abs(way[3] - plain[5]).max() <= 4
-    assert np.abs(way[1] - way[0]).max() > 4 and np.abs(way[2] - way[3]).max() > 4
+    exact = ("--labels", "3", "--precision", "fp32")  # in bf16 a batch of six rounds otherwise than one of four
+    plain = draw(run, tmp_path / "plain", *exact, num=6)
+    way = draw(run, tmp_path / "way", *exact, "--between", "1,5", num=4)
+    assert np.abs(way[0] - plain[1]).max() <= 1 and np.abs(way[3] - plain[5]).max() <= 1
+    assert np.abs(way[1] - way[0]).max() > 1 and np.abs(way[2] - way[3]).max() > 1
     assert frames(tmp_path / "way" / "morph.gif") == 4
 
 

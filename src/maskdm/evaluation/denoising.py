@@ -17,6 +17,10 @@ from maskdm.evaluation.intervals import bootstrap_difference
 from maskdm.models import Denoiser
 
 LEVELS = 8
+
+COST = LEVELS / 3
+"""Images to train on for the arithmetic of measuring one: a forward pass at each level, and none backward."""
+
 BATCH = 128
 TIMES = tuple((level + 0.5) * NUM_STEPS / LEVELS for level in range(LEVELS))
 

@@ -31,7 +31,7 @@ from maskdm.evaluation import (
     is_self,
     overfitting,
 )
-from maskdm.evaluation.denoising import LEVELS
+from maskdm.evaluation.denoising import COST
 from maskdm.evaluation.speedups import Unit
 from maskdm.pictures import grid
 from maskdm.recipes.arms import Arm, parse_arms, rates_of
@@ -164,7 +164,7 @@ def compare(request: CompareRequest, display: Display, more_arms: Callable[[Conf
     ruler = _Ruler(base, dataset, heldout, resolved.machine, measured)
     judge = _Judge(request, resolved, base, dataset, FINALLY * measured, display)
     if not is_self(request.features) and any(map(judge.due, contestants)):
-        assert judge.network  # one that is not there is said now, not after hours of training
+        _ = judge.network  # one that is not there is said now, not after hours of training
     with held(out), stop_requests() as stop:
         _train(contestants, cost, ruler, stop, display)
         _conclude(contestants, judge, stop, display)
@@ -199,7 +199,7 @@ def _affordable(base: Config, cost: Cost, machine: Machine) -> int:
     """Held-out images that a turn can measure without costing more than training does, or the fewest that tell anything."""
     training = flops(base, NoMask(), 1)
     budget = {"seconds": cost.amount * machine.flops, "flops": cost.amount, "images": cost.amount * training}[cost.unit]
-    return max(LEAST_MEASURED, min(MEASURED, int(MEASURING * budget / SLICES / (LEVELS * training / 3))))
+    return max(LEAST_MEASURED, min(MEASURED, int(MEASURING * budget / SLICES / (COST * training))))
 
 
 def _begin(

@@ -21,7 +21,7 @@ from maskdm.data import Dataset, make_loader
 from maskdm.draws import derive
 from maskdm.engine import Machine, Switch, Trainer, checkpoint, make_optimizer
 from maskdm.errors import UserError
-from maskdm.evaluation.denoising import LEVELS
+from maskdm.evaluation.denoising import COST
 from maskdm.models import build
 from maskdm.recipes.arms import Arm
 from maskdm.runs.compare_results import Record
@@ -31,10 +31,7 @@ from maskdm.runs.plan import stage_records
 from maskdm.runs.train import initialize
 
 PROBED = 32
-"""Held-out images of a probe's measurement."""
-
-MEASUREMENT = PROBED * LEVELS / 3
-"""Images whose training takes the arithmetic of such a measurement, which has no backward pass; a probe has two."""
+"""Held-out images of each of a probe's two measurements."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ class Contestant:
             images[place] += progress.stages[place - 1].probed("taken") * after.batch
         work = sum(self._work(stage.mask) * number for stage, number in zip(stages, images, strict=True))
         work += trainer.optimizer.flops * sum(done.steps + done.probed("taken") for done in progress.stages)
-        work += MEASUREMENT * self._work(NoMask()) * 2 * sum(len(done.probes) for done in progress.stages)
+        work += 2 * PROBED * COST * self._work(NoMask()) * sum(len(done.probes) for done in progress.stages)
         pieces = max(done.pieces for done in progress.stages)
         return {"seconds": progress.seconds, "steps": progress.step, "images": sum(images), "flops": work, "pieces": pieces}
 
